@@ -1,0 +1,33 @@
+# Two commands that need nothing but Python 3.11 or newer: make demo, make test.
+VENV ?= .venv
+BIN := $(VENV)/bin
+# the CPU build where pip can find it; any torch >= 2.9 will do
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test test-all lint clean
+
+$(VENV)/.ready: pyproject.toml
+	python3 -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/.ready
+	rm -rf demo-out
+	$(BIN)/moecule compress embedded -o demo-out --bits 2.5
+	$(BIN)/moecule generate demo-out "The president said that" --tokens 40
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/pytest -m "not slow" -n 2
+
+test-all: lint
+	$(BIN)/pytest -n 2
+
+clean:
+	rm -rf $(VENV) demo-out build dist

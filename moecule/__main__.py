@@ -1,0 +1,5 @@
+"""python -m moecule"""
+
+from moecule.cli import main
+
+main()

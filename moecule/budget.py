@@ -1,0 +1,164 @@
+"""Bytes: of a model's parts, of a plan before it is carried out, and of what a user may spend."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from moecule.errors import RecipeError
+from moecule.packed import packed_bytes
+from moecule.plan import REST, Keep, Plan
+
+UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12,
+         "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LayerExperts:
+    """The routed experts of a layer."""
+
+    n: int
+    gate_up: tuple[int, int]  # rows, columns
+    down: tuple[int, int]
+    bias_bytes: int  # of one expert besides its matrices
+    router_bytes: int  # of what the router holds of one expert besides its row
+    item_bytes: int  # of a weight as it is on disk
+
+    @property
+    def weights(self) -> int:
+        """Of one expert."""
+        return self.gate_up[0] * self.gate_up[1] + self.down[0] * self.down[1]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight in a layer that a plan may pack, but for the experts."""
+
+    part: str  # one of plan.REST
+    shape: tuple[int, int]
+    item_bytes: int
+    layer: int
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What a checkpoint is made of; enough to price a plan without opening it."""
+
+    experts: Mapping[int, LayerExperts]
+    weights: Mapping[str, Weight]
+    embedding_bytes: int  # embeddings and head
+    other_bytes: int  # norms, biases, what no plan touches
+    other_weights: int
+    kv_bytes_per_token: int
+    max_position: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For stats/meta.json."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(doc: Mapping[str, Any]) -> Inventory:
+        """The inverse of `as_dict`, after JSON made keys of numbers and lists of tuples."""
+        experts = {int(i): LayerExperts(**_tuples(e)) for i, e in doc["experts"].items()}
+        weights = {n: Weight(**_tuples(w)) for n, w in doc["weights"].items()}
+        return Inventory(**{**doc, "experts": experts, "weights": weights})
+
+    @property
+    def expert_weights(self) -> int:
+        """Weights of all routed experts."""
+        return sum(e.n * e.weights for e in self.experts.values())
+
+    @property
+    def all_weights(self) -> int:
+        """Weights of the whole model."""
+        rest = sum(w.shape[0] * w.shape[1] for w in self.weights.values())
+        return self.expert_weights + rest + self.other_weights
+
+    def untouched(self) -> Plan:
+        """The plan that leaves everything as it is; its price is the original's size."""
+        return Plan("", "", {i: (Keep(),) * e.n for i, e in self.experts.items()})
+
+
+def _tuples(doc: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in doc.items()}
+
+
+def bytes_by_part(inventory: Inventory, plan: Plan) -> dict[str, int]:
+    """What `plan` leaves of each part: experts, attention, shared, dense, router, embeddings, other."""
+    out = dict.fromkeys(("experts", *REST, "embeddings", "other"), 0)
+    for i, e in inventory.experts.items():
+        for fate in plan.layers[i]:
+            if isinstance(fate, Keep):
+                out["experts"] += _expert_bytes(e, fate) + e.bias_bytes
+                out["router"] += e.router_bytes
+    for w in inventory.weights.values():
+        rows, columns = w.shape
+        if w.part == "router" and rows > 1:  # one row an expert
+            rows = sum(isinstance(f, Keep) for f in plan.layers[w.layer])
+        out[w.part] += _weight_bytes(rows, columns, plan.rest[w.part], w.item_bytes)
+    out["embeddings"] = inventory.embedding_bytes
+    out["other"] = inventory.other_bytes
+    return out
+
+
+def _expert_bytes(e: LayerExperts, keep: Keep) -> int:
+    return sum(_weight_bytes(*shape, keep, e.item_bytes) for shape in (e.gate_up, e.down))
+
+
+def _weight_bytes(rows: int, columns: int, keep: Keep, item_bytes: int) -> int:
+    if keep.bits == 16:
+        return rows * columns * item_bytes
+    return packed_bytes(keep.bits, rows, columns, keep.group)
+
+
+def parse_size(text: str | int | float) -> int:
+    """Bytes of "20GB", "16GiB", "500 MB" or a number. Raises RecipeError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(text).lower())
+    if not match or match[2] not in UNITS:
+        raise RecipeError(f"cannot read the size {text!r}; write it like 20GB or 16GiB")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def format_size(n: float) -> str:
+    """Bytes for a person."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n >= size:
+            return f"{n / size:.2f} {unit}"
+    return f"{n:.0f} B"
+
+
+def within(
+    make: Callable[[float], Plan], inventory: Inventory, size_bytes: int, *, whole: bool
+) -> Plan:
+    """The plan of most bits that weighs at most `size_bytes`.
+
+    `make` plans for a mean of bits (`whole`: it can only do whole ones) and raises RecipeError
+    where it cannot. Raises RecipeError where no plan is small enough, saying the least size.
+    """
+    step = 1 if whole else min(256, sum(e.n for e in inventory.experts.values()))
+    plans: dict[int, Plan] = {}
+
+    def works(k: int) -> bool:
+        try:
+            plans[k] = plans.get(k) or make(k / step)
+        except RecipeError:  # outside what the bit set and its floors allow
+            return False
+        return True
+
+    def size(k: int) -> int:
+        return sum(bytes_by_part(inventory, plans[k]).values()) if works(k) else 0
+
+    steps = range(step, 8 * step + 1)
+    least, most = next(filter(works, steps)), next(filter(works, reversed(steps)))
+    if size(least) > size_bytes:
+        raise RecipeError(
+            f"{format_size(size_bytes)} cannot be met; the least that this recipe makes is "
+            f"{format_size(size(least))}"
+        )
+    low, high = least, most + 1  # the last known to fit, the first known not to
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if size(middle) <= size_bytes else (low, middle)
+    return plans[low]

@@ -1,0 +1,261 @@
+"""A checkpoint on disk: safetensors in, safetensors out.
+
+Opening reads headers only. Pickled weights are refused: they run code when opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moecule.errors import CheckpointError, OutputError
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes on disk."""
+        return self.dtype.itemsize * int(torch.Size(self.shape).numel())
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened model folder."""
+
+    name: str  # as the user gave it
+    path: Path
+    config: Mapping[str, Any]  # config.json as it is on disk
+    tensors: Mapping[str, TensorInfo]
+    digest: str  # 16 hex digits: config, headers, and a sample of every shard's bytes
+
+    @staticmethod
+    def open(model: str | Path) -> Checkpoint:
+        """Open a folder, or a Hub id that lies in the user's cache.
+
+        Raises CheckpointError where there is none, or a file is missing, cut short or pickled.
+        """
+        path = _folder(str(model))
+        config = _config(path)
+        tensors: dict[str, TensorInfo] = {}
+        total = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        for file in _shards(path):
+            header, sample = _header(path / file)
+            total.update(json.dumps(header, sort_keys=True).encode() + sample)
+            for name, info in header.items():
+                if name != "__metadata__":
+                    if info["dtype"] not in DTYPES:
+                        raise CheckpointError(
+                            f"{path / file}: {name} is {info['dtype']}, which is not decoded here; "
+                            "use the model's bf16 checkpoint"
+                        )
+                    tensors[name] = TensorInfo(file, DTYPES[info["dtype"]], tuple(info["shape"]))
+        return Checkpoint(str(model), path, config, tensors, total.hexdigest()[:16])
+
+    def read(self, names: list[str]) -> dict[str, Tensor]:
+        """The tensors `names`, on the CPU. Raises CheckpointError where one cannot be read."""
+        out: dict[str, Tensor] = {}
+        for file in sorted({self.tensors[n].file for n in names}):
+            try:
+                with safe_open(self.path / file, "pt") as f:
+                    out |= {n: f.get_tensor(n) for n in names if self.tensors[n].file == file}
+            except (SafetensorError, OSError) as e:
+                raise CheckpointError(
+                    f"{self.path / file} cannot be read: {e}; fetch it again"
+                ) from e
+        return out
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.size_bytes for t in self.tensors.values())
+
+
+def _folder(model: str) -> Path:
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if not path.exists() and model.count("/") <= 1 and not model.startswith((".", "/", "~")):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
+
+        try:
+            return Path(snapshot_download(model, local_files_only=True))
+        except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as e:
+            raise CheckpointError(
+                f"{model!r} is no folder here and no model in the Hub cache; give a folder, "
+                f"or fetch it first: hf download {model}"
+            ) from e
+    raise CheckpointError(
+        f"{model}: found {'a file' if path.exists() else 'nothing'}, wanted a model folder"
+    )
+
+
+def _config(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{path} is no checkpoint: it has no config.json; give a model folder"
+        )
+    try:
+        config = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise CheckpointError(f"{file} is not JSON ({e}); fetch it again") from e
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise CheckpointError(f"{file} names no model_type, so the family is unknown")
+    return config
+
+
+def _shards(path: Path) -> list[str]:
+    index = path / INDEX
+    if index.is_file():
+        try:
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, AttributeError) as e:
+            raise CheckpointError(f"{index} is damaged ({e!r}); fetch it again") from e
+        missing = [f for f in files if not (path / f).is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{index} names {', '.join(missing)}, not in {path}; fetch what is missing"
+            )
+        return files
+    files = sorted(p.name for p in path.glob("*.safetensors"))
+    if files:
+        return files
+    pickled = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+    if pickled:
+        raise CheckpointError(
+            f"{path} has pickled weights only ({pickled[0]}), which run code when opened; "
+            "convert them to safetensors"
+        )
+    raise CheckpointError(f"{path} has a config.json and no *.safetensors; fetch the weights")
+
+
+def _header(file: Path) -> tuple[dict[str, Any], bytes]:
+    """The header of a safetensors file, and some bytes out of its middle."""
+    size = file.stat().st_size
+    with file.open("rb") as f:
+        length = struct.unpack("<Q", f.read(8).ljust(8, b"\0"))[0]
+        if size < 8 or length > size - 8:
+            raise CheckpointError(f"{file} is cut short or no safetensors file; fetch it again")
+        try:
+            header = json.loads(f.read(length))
+        except (json.JSONDecodeError, UnicodeDecodeError) as e:
+            raise CheckpointError(f"{file}: its header is damaged; fetch it again") from e
+        end = max(
+            (t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"), default=0
+        )
+        if size != 8 + length + end:
+            raise CheckpointError(
+                f"{file} has {size} bytes and its header wants {8 + length + end}; fetch it again"
+            )
+        f.seek(8 + length + max(0, end // 2 - 2**15))
+        return header, f.read(2**16)
+
+
+class Writer:
+    """Writes tensors in shards into `folder`; `close` names the shards and writes the index."""
+
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+        folder.mkdir(parents=True)
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._shards: list[dict[str, int]] = []  # {name: bytes} of each shard written
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take tensors; full shards go to disk at once."""
+        for name, tensor in tensors.items():
+            size = tensor.numel() * tensor.element_size()
+            if self._pending and self._bytes() + size > self.shard_bytes:
+                self._flush()
+            self._pending[name] = tensor.detach().cpu().contiguous()
+
+    def _bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self._pending.values())
+
+    def _flush(self) -> None:
+        file = self.folder / f"shard-{len(self._shards) + 1:05d}.safetensors"
+        save_file(dict(sorted(self._pending.items())), file, metadata={"format": "pt"})
+        self._shards.append(
+            {n: t.numel() * t.element_size() for n, t in sorted(self._pending.items())}
+        )
+        self._pending = {}
+
+    def close(self) -> int:
+        """Finish, and return the bytes of all tensors."""
+        self._flush()
+        total = sum(size for shard in self._shards for size in shard.values())
+        weight_map: dict[str, str] = {}
+        for i, shard in enumerate(self._shards):
+            one = len(self._shards) == 1
+            name = "model" if one else f"model-{i + 1:05d}-of-{len(self._shards):05d}"
+            os.replace(
+                self.folder / f"shard-{i + 1:05d}.safetensors", self.folder / f"{name}.safetensors"
+            )
+            weight_map |= dict.fromkeys(shard, f"{name}.safetensors")
+        if len(self._shards) > 1:
+            index = {
+                "metadata": {"total_size": total},
+                "weight_map": dict(sorted(weight_map.items())),
+            }
+            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        return total
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Tokenizer, generation settings, chat template, licence: all but weights and config."""
+    for file in sorted(source.iterdir()):
+        wanted = file.suffix in (".json", ".jinja", ".model", ".txt") or file.name.startswith(
+            "LICENSE"
+        )
+        ours = file.name in ("config.json", INDEX, "result.json") or file.name.startswith("README")
+        if file.is_file() and wanted and not ours:
+            shutil.copyfile(file, target / file.name)
+
+
+def move_into(partial: Path, out: Path) -> None:
+    """Put a finished folder in place: config.json last, so that a half-moved one does not load."""
+    out.mkdir(parents=True, exist_ok=True)
+    files = sorted(partial.iterdir(), key=lambda p: (p.name == "config.json", p.name))
+    for file in files:
+        os.replace(file, out / file.name)
+    partial.rmdir()
+
+
+def check_out(out: Path, allowed: set[str]) -> None:
+    """Raise OutputError where `out` is a file or holds anything but `allowed`."""
+    if out.is_file():
+        raise OutputError(f"{out} is a file; name a folder that does not exist yet")
+    foreign = sorted(p.name for p in out.iterdir() if p.name not in allowed) if out.is_dir() else []
+    if foreign:
+        raise OutputError(f"{out} already holds {', '.join(foreign[:4])}; name another folder")

@@ -1,0 +1,7 @@
+"""Qwen3-MoE. transformers writes num_local_experts where the hub's files say num_experts."""
+
+from moecule.family import Family
+
+FAMILY = Family(
+    "qwen3_moe", renormalise="norm_topk_prob", count_keys=("num_experts", "num_local_experts")
+)

@@ -1,0 +1,156 @@
+"""The folder of a compressed checkpoint: config, plan, card, and the check that it loads.
+
+python -m moecule.folder FOLDER PROBE      opens FOLDER afresh and compares logits with PROBE
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from moecule import runtime
+from moecule.apply import Applied, is_stock
+from moecule.checkpoint import Checkpoint, copy_side_files
+from moecule.errors import VerifyError
+from moecule.family import Family
+from moecule.plan import Keep, Plan
+
+REQUIRED = "moecule_required"
+REQUIRED_CODE = '''"""This checkpoint's experts are packed by moecule: pip install moecule."""
+
+import moecule
+from moecule.runtime import MoeculeConfig, MoeculeForCausalLM
+'''
+PROBE_TOKENS = 256
+# of ||difference|| / ||logits||: the same arithmetic in another batch, by the dtype's rounding
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+
+
+def write_config(
+    folder: Path, source: Checkpoint, family: Family, plan: Plan, done: Applied
+) -> None:
+    """config.json and all that is neither weights nor stats, into `folder`."""
+    config = dict(source.config)
+    if is_stock(plan):
+        kept = sum(isinstance(f, Keep) for f in next(iter(plan.layers.values())))
+        config |= {key: kept for key in family.count_keys if key in config}
+    else:
+        config |= _packed_config(source, plan, done)
+        (folder / f"{REQUIRED}.py").write_text(REQUIRED_CODE)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    copy_side_files(source.path, folder)
+    (folder / "plan.yaml").write_text(plan.dumps())
+    (folder / "README.md").write_text(_card(source, plan, done))
+
+
+def _packed_config(source: Checkpoint, plan: Plan, done: Applied) -> dict[str, Any]:
+    skip = None
+    if plan.skip is not None:
+        thresholds = {str(i): list(t) for i, t in sorted(plan.skip.thresholds.items())}
+        skip = {"protect": plan.skip.protect, "thresholds": thresholds}
+    return {
+        "model_type": runtime.MODEL_TYPE,
+        "moecule": {"model": source.name, "model_type": source.config["model_type"]},
+        "auto_map": {
+            "AutoConfig": f"{REQUIRED}.MoeculeConfig",
+            "AutoModelForCausalLM": f"{REQUIRED}.MoeculeForCausalLM",
+        },
+        "expert_skip": False,
+        "quantization_config": {
+            "quant_method": runtime.MODEL_TYPE,
+            "format": runtime.FORMAT,
+            "experts": done.experts,
+            "weights": done.weights,
+            "skip": skip,
+        },
+    }
+
+
+def _card(source: Checkpoint, plan: Plan, done: Applied) -> str:
+    starved = "".join(
+        f"\nLayer {i}: no calibration token reached experts {ids}; they were rounded to nearest."
+        for i, ids in done.starved.items()
+    )
+    load = "AutoModelForCausalLM.from_pretrained(folder)"
+    needs = (
+        ""
+        if is_stock(plan)
+        else "import moecule  # pip install moecule; registers the packed layers\n"
+    )
+    return f"""# {Path(source.name).name}, compressed
+
+Made by moecule from `{source.name}` ({source.digest}): {plan.nominal_bits:.2f} code bits a routed
+expert's weight. `plan.yaml` says what became of every expert, `result.json` what it cost.
+
+```python
+{needs}from transformers import AutoModelForCausalLM
+
+model = {load}
+```
+{starved}
+"""
+
+
+def verify(
+    folder: Path,
+    tokens: Int[Tensor, "one S"],
+    logits: Float[Tensor, "one S V"],
+    dtype: torch.dtype,
+    device: torch.device,
+    scratch: Path,
+) -> float:
+    """Open `folder` in a fresh process and compare; the relative difference of the logits.
+
+    Raises VerifyError where it is larger than rounding explains, or the folder does not load.
+    """
+    probe = scratch / "probe.safetensors"
+    save_file({"tokens": tokens.cpu(), "logits": logits.float().cpu().contiguous()}, probe)
+    command = [
+        sys.executable,
+        "-m",
+        "moecule.folder",
+        str(folder),
+        str(probe),
+        str(dtype).removeprefix("torch."),
+        str(device),
+    ]
+    run = subprocess.run(command, capture_output=True, text=True)
+    probe.unlink()
+    lines = (run.stdout if run.returncode == 0 else run.stderr).strip().splitlines() or [
+        "no output"
+    ]
+    if run.returncode != 0:
+        raise VerifyError(f"what was written does not load in a fresh process: {lines[-1]}")
+    difference = float(lines[-1])
+    if not difference <= TOLERANCE[dtype]:
+        raise VerifyError(
+            f"what was written computes something else: logits differ by {difference:.1e} of their "
+            f"norm, {TOLERANCE[dtype]:.0e} is rounding; the folder was not put in place"
+        )
+    return difference
+
+
+def _child(folder: str, probe: str, dtype: str, device: str) -> None:
+    want: Mapping[str, Tensor] = load_file(probe)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
+    with torch.no_grad():
+        got = model(want["tokens"].to(device)).logits.float().cpu()
+    print(float((got - want["logits"]).norm() / want["logits"].norm()))
+
+
+if __name__ == "__main__":
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    _child(*sys.argv[1:])

@@ -1,0 +1,105 @@
+"""generate: text from a model, compressed or not, and how fast it came."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from moecule.errors import DataError
+from moecule.measure import device_name
+from moecule.online import experts_run
+from moecule.session import Compute, load, open_checkpoint, tokenizer_of
+
+
+@dataclass(frozen=True)
+class Generated:
+    """The answer, and its cost."""
+
+    text: str
+    tokens: int
+    tokens_per_s: float  # after the prompt
+    experts_run: float  # share of (token, expert) pairs
+    device: str
+
+
+class _Pieces(BaseStreamer):  # type: ignore[misc]
+    """Hands on text as soon as it is whole: bytes of one letter may come in several tokens."""
+
+    def __init__(self, tokenizer: Any, prompt_tokens: int, say: Callable[[str], None]) -> None:
+        self.tokenizer, self.skip, self.say = tokenizer, prompt_tokens, say
+        self.ids: list[int] = []
+        self.said = 0
+        self.first = 0.0
+
+    def put(self, value: torch.Tensor) -> None:
+        ids = value.flatten().tolist()
+        if self.skip:  # transformers hands over the prompt first
+            self.skip = 0
+            return
+        self.first = self.first or time.perf_counter()
+        self.ids += ids
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):
+            self.say(text[self.said :])
+            self.said = len(text)
+
+    def end(self) -> None:
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        self.say(text[self.said :])
+
+
+def generate(
+    model: str | Path,
+    prompt: str,
+    *,
+    tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    skip: bool = False,
+    compute: Compute | None = None,
+    say: Callable[[str], None] = lambda piece: None,
+) -> Generated:
+    """Up to `tokens` new tokens; `say` gets them as they come. The chat template is used if there is one.
+
+    Temperature 0 takes the likeliest token. Raises DataError for an empty prompt.
+    """
+    if not prompt.strip():
+        raise DataError("the prompt is empty; give some text to go on from")
+    path = open_checkpoint(model).path
+    tokenizer, loaded = tokenizer_of(path), load(model, compute or Compute(), skip=skip)
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = {
+        k: v for k, v in inputs.to(loaded.device).items() if k in ("input_ids", "attention_mask")
+    }
+    pieces = _Pieces(tokenizer, inputs["input_ids"].shape[1], say)
+    torch.manual_seed(seed)
+    how = (
+        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    )
+    with torch.no_grad():
+        out = loaded.generate(
+            **inputs,
+            **how,
+            max_new_tokens=tokens,
+            streamer=pieces,
+            pad_token_id=tokenizer.pad_token_id
+            if tokenizer.pad_token_id is not None
+            else tokenizer.eos_token_id,
+        )
+    seconds = time.perf_counter() - pieces.first
+    new = out[0, inputs["input_ids"].shape[1] :]
+    rate = (len(new) - 1) / seconds if len(new) > 1 else 0.0
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    return Generated(text, len(new), rate, experts_run(loaded), device_name(loaded.device))

@@ -1,0 +1,153 @@
+"""Where the levels of a group of weights lie: scales and zero points, in float32.
+
+    level k = (k - zero) * scale,   k = 0 .. 2**bits - 1,   one scale and zero a row and group
+
+Widths of 2 and more fit a range and shrink it to the multiple that loses least; one bit has the
+two levels +-scale/2 with scale = 2 * mean|w|.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+TINY = 2.0**-24  # the smallest fp16 above 0: a group of zeros keeps a scale that can be stored
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Which multiples of a group's range are tried, and how their loss is measured."""
+
+    low: float = 1.0
+    high: float = 1.0
+    steps: int = 1
+    power: float = 2.0  # loss: sum |w - level|**power
+    refine: int = 0  # times the levels are refitted to their weights by least squares
+
+    @property
+    def multiples(self) -> list[float]:
+        """Tried in this order; the first best wins. 1 is always the first."""
+        if self.steps == 1:
+            return [1.0]
+        spread = torch.linspace(self.high, self.low, self.steps).tolist()
+        return [1.0, *(p for p in spread if p != 1.0)]
+
+
+NONE = Clip()
+NARROW = Clip(0.9, 1.1, 101, 2.4)  # the search in the authors' code of MC
+WIDE = Clip(0.3, 1.0, 15, 2.0, refine=2)
+CLIPS = {"none": NONE, "narrow": NARROW, "wide": WIDE}
+
+
+def fit(
+    w: Float[Tensor, "*E M N"],
+    bits: int,
+    group: int,
+    clip: Clip = WIDE,
+    weight: Float[Tensor, "*E 1 N"] | None = None,
+) -> tuple[Float[Tensor, "*E M G"], Float[Tensor, "*E M G"]]:
+    """(scale, zero) of every row and group of `group` columns; the last group may be short.
+
+    `weight` says how much an error in each column counts.
+    """
+    full = w.shape[-1] // group * group
+    pieces = []
+    for lo, hi in ((0, full), (full, w.shape[-1])):
+        if lo < hi:
+            width = min(group, hi - lo)
+            part = w[..., lo:hi].float().unflatten(-1, (-1, width))
+            h = None if weight is None else weight[..., lo:hi].float().unflatten(-1, (-1, width))
+            pieces.append(_fit_groups(part, bits, clip, h))
+    scale, zero = (torch.cat(t, -1) for t in zip(*pieces, strict=True))
+    return scale, zero
+
+
+def _fit_groups(
+    w: Float[Tensor, "*E M G n"], bits: int, clip: Clip, h: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if bits == 1:
+        mean = w.abs().mean(-1) if h is None else (w.abs() * h).sum(-1) / h.sum(-1).clamp(min=TINY)
+        scale = _storable(2 * mean)
+        return scale, torch.full_like(scale, 0.5)
+    top = 2**bits - 1
+    low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
+    best = torch.full_like(low, torch.inf)
+    scale, zero = torch.ones_like(low), torch.zeros_like(low)
+    for p in clip.multiples:
+        s = _storable(p * (high - low) / top)
+        z = _storable_zero(-p * low / s)
+        best, scale, zero = _better(w, h, bits, clip.power, (s, z), (best, scale, zero))
+    for _ in range(clip.refine):
+        s, z = _least_squares(w, h, nearest(w, scale[..., None], zero[..., None], bits), top)
+        best, scale, zero = _better(w, h, bits, clip.power, (s, z), (best, scale, zero))
+    return scale, zero
+
+
+def _better(
+    w: Tensor,
+    h: Tensor | None,
+    bits: int,
+    power: float,
+    tried: tuple[Tensor, Tensor],
+    kept: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, scale, zero), group by group the better of `tried` and `kept`."""
+    (s, z), (best, scale, zero) = tried, kept
+    level = (nearest(w, s[..., None], z[..., None], bits) - z[..., None]) * s[..., None]
+    miss = (level - w).abs_()
+    loss = (miss * miss if power == 2 else miss**power).mul_(1 if h is None else h).sum(-1)
+    won = loss < best
+    return torch.where(won, loss, best), torch.where(won, s, scale), torch.where(won, z, zero)
+
+
+def _least_squares(w: Tensor, h: Tensor | None, q: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """The scale and zero that fit weights best to the codes they have."""
+    h = torch.ones_like(w) if h is None else h.expand_as(w)
+    total = h.sum(-1).clamp(min=TINY)
+    mean_q, mean_w = (h * q).sum(-1) / total, (h * w).sum(-1) / total
+    dq = q - mean_q[..., None]
+    spread = (h * dq * dq).sum(-1)
+    scale = _storable((h * dq * (w - mean_w[..., None])).sum(-1) / spread.clamp(min=TINY))
+    zero = _storable_zero(mean_q - mean_w / scale)
+    # codes that are all alike say nothing of the scale; such a try must lose, not be stored
+    return scale, torch.where((spread > 0) & (zero.abs() <= 2 * top), zero, 1e4)
+
+
+def _storable(scale: Tensor) -> Tensor:
+    return scale.clamp(min=TINY, max=6e4).half().float()
+
+
+def _storable_zero(zero: Tensor) -> Tensor:
+    return zero.clamp(-6e4, 6e4).half().float()
+
+
+def nearest(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Float[Tensor, ...]:
+    """The code of the nearest level, as float."""
+    return (w / scale + zero).round_().clamp_(0, 2**bits - 1)
+
+
+def spread(t: Float[Tensor, "*E M G"], group: int, columns: int) -> Float[Tensor, "*E M N"]:
+    """A scale or zero for every column."""
+    return t.repeat_interleave(group, -1)[..., :columns]
+
+
+def round_to_nearest(
+    w: Float[Tensor, "*E M N"], bits: int, group: int, clip: Clip = WIDE
+) -> tuple[Int[Tensor, "*E M N"], Float[Tensor, "*E M G"], Float[Tensor, "*E M G"]]:
+    """(codes, scale, zero) of plain rounding."""
+    scale, zero = fit(w, bits, group, clip)
+    n = w.shape[-1]
+    q = nearest(w.float(), spread(scale, group, n), spread(zero, group, n), bits)
+    return q.int(), scale, zero
+
+
+def quantized(
+    w: Float[Tensor, "*E M N"], bits: int, group: int, clip: Clip = WIDE
+) -> Float[Tensor, "*E M N"]:
+    """What plain rounding makes of `w`, in its dtype."""
+    q, scale, zero = round_to_nearest(w, bits, group, clip)
+    n = w.shape[-1]
+    return ((q - spread(zero, group, n)) * spread(scale, group, n)).to(w.dtype)

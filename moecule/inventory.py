@@ -1,0 +1,156 @@
+"""What a checkpoint is made of and what it weighs: modules to parts, and bytes by part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from moecule.budget import Inventory, LayerExperts, Weight
+from moecule.checkpoint import Checkpoint
+from moecule.family import Family
+from moecule.hf import PACKED, Moe, Streamed, experts_of, find_moe, names_in_memory, skeleton
+from moecule.plan import REST
+
+PARTS = ("experts", *REST, "embeddings", "other")
+
+
+def rest_parts(model: Any, family: Family, i: int) -> dict[str, str]:
+    """{module in layer i: attention, shared, dense or router}: its weights but the experts."""
+    layers = model.base_model.layers
+    moe = find_moe(layers[i], family)
+    blocks = {m.name for layer in layers if (m := find_moe(layer, family))}
+    out = {}
+    for name, module in layers[i].named_modules():
+        if moe is not None and module is moe.router:
+            out[name] = "router"
+        elif isinstance(module, nn.Linear):
+            inside = any(name.startswith(f"{b}.") for b in blocks)
+            part = "shared" if inside and moe is not None else "dense" if inside else "attention"
+            # a Linear of one row gates the shared expert: it routes
+            out[name] = "router" if module.out_features == 1 else part
+    return out
+
+
+def take_inventory(streamed: Streamed) -> Inventory:
+    """Of a checkpoint to compress, from shapes and headers alone."""
+    model, family = streamed.model, streamed.family
+    disk = {
+        n: sum(streamed.checkpoint.tensors[d].size_bytes for d in of)
+        for n, of in streamed.disk.items()
+    }
+    places = dict(model.state_dict())
+    experts: dict[int, LayerExperts] = {}
+    weights: dict[str, Weight] = {}
+    for i in range(len(streamed.base.layers)):
+        prefix = f"{streamed.prefix}{i}."
+        for name, part in rest_parts(model, family, i).items():
+            full = f"{prefix}{name}.weight"
+            rows, columns = places[full].shape
+            weights[full] = Weight(part, (rows, columns), streamed.dtypes[full].itemsize, i)
+        moe = streamed.moe(i)
+        if moe is not None:
+            experts[i] = _layer_experts(moe, f"{prefix}{moe.name}.", family, disk, streamed.dtypes)
+    part_of = {n: part_of_tensor(n, model, family) for n in disk}
+    other = sum(size for n, size in disk.items() if part_of[n] == "other")
+    inside = {n for n in disk if part_of[n] == "experts"} | set(weights)
+    return Inventory(
+        experts=experts,
+        weights=weights,
+        embedding_bytes=sum(size for n, size in disk.items() if part_of[n] == "embeddings"),
+        other_bytes=other,
+        other_weights=sum(places[n].numel() for n in disk if n not in inside),
+        kv_bytes_per_token=_kv_bytes(model.config.get_text_config(), len(streamed.base.layers)),
+        max_position=int(getattr(model.config.get_text_config(), "max_position_embeddings", 2048)),
+    )
+
+
+def _layer_experts(
+    moe: Moe, prefix: str, family: Family, disk: dict[str, int], dtypes: dict[str, torch.dtype]
+) -> LayerExperts:
+    view, n = experts_of(moe.experts), moe.experts.num_experts
+    matrices = {f"{prefix}experts.gate_up_proj", f"{prefix}experts.down_proj"}
+    biases = [m for m in disk if m.startswith(f"{prefix}experts.") and m not in matrices]
+    router = [
+        m for m in disk if m.startswith(f"{prefix}{family.router}.") and not m.endswith(".weight")
+    ]
+    (a, b), (c, d) = view.gate_up.shape[1:], view.down.shape[1:]
+    return LayerExperts(
+        n=n,
+        gate_up=(a, b),
+        down=(c, d),
+        bias_bytes=sum(disk[m] for m in biases) // n,
+        router_bytes=sum(disk[m] for m in router) // n,
+        item_bytes=dtypes[f"{prefix}experts.gate_up_proj"].itemsize,
+    )
+
+
+def part_of_tensor(name: str, model: Any, family: Family) -> str:
+    """The part, of PARTS, that a tensor belongs to; names are as in memory."""
+    prefix = f"{model.base_model_prefix}.layers."
+    module, _, leaf = name.rpartition(".")
+    if not name.startswith(prefix):
+        return "embeddings" if "embed" in module or module.endswith("lm_head") else "other"
+    number, _, inside = module.removeprefix(prefix).partition(".")
+    moe = find_moe(model.base_model.layers[int(number)], family)
+    if moe is not None and f"{inside}.".startswith(f"{moe.name}.experts."):
+        return "experts"
+    if moe is not None and inside == f"{moe.name}.{family.router}":
+        return "router"
+    part = rest_parts(model, family, int(number)).get(inside, "other")
+    return part if leaf.startswith("weight") else "other"
+
+
+def weigh(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Sizes of a checkpoint, original or compressed, counted on the headers of its files."""
+    packed = checkpoint.config["model_type"] == PACKED
+    model, family = skeleton(checkpoint, torch.bfloat16)
+    places = {n: t for n, t in model.state_dict().items()}
+    tied = {n for n in getattr(model, "all_tied_weights_keys", {}) if n not in checkpoint.tensors}
+    if packed:
+        sizes = {n: t.size_bytes for n, t in checkpoint.tensors.items()}
+    else:
+        sizes = {
+            n: sum(checkpoint.tensors[d].size_bytes for d in of)
+            for n, of in names_in_memory(model, checkpoint).items()
+        }
+    parts = dict.fromkeys(PARTS, 0)
+    for name, size in sizes.items():
+        parts[part_of_tensor(name, model, family)] += size
+    counts = {n: t.numel() for n, t in places.items() if n not in tied}
+    expert_weights = sum(
+        c
+        for n, c in counts.items()
+        if n.endswith(("gate_up_proj", "down_proj"))
+        and part_of_tensor(n, model, family) == "experts"
+    )
+    total = checkpoint.size_bytes
+    return {
+        "size_bytes": total,
+        "expert_bytes": parts["experts"],
+        "bits_per_weight": 8 * parts["experts"] / expert_weights,
+        "nominal_bits": _nominal(checkpoint, model, family) if packed else 16.0,
+        "model_bits_per_weight": 8 * total / sum(counts.values()),
+        "bytes_by_part": parts,
+    }
+
+
+def _nominal(checkpoint: Checkpoint, model: Any, family: Family) -> float:
+    """Mean code bits over all experts that the original has; dropped ones count as 0."""
+    widths = checkpoint.config["quantization_config"]["experts"]
+    bits = sum(int(w.partition("g")[0]) for layer in widths.values() for w in layer.split())
+    moes = [m for layer in model.base_model.layers if (m := find_moe(layer, family))]
+    return float(bits / sum(m.experts.num_experts for m in moes))
+
+
+def _kv_bytes(config: Any, layers: int) -> int:
+    """Of keys and values of one token in all layers, at 16 bits."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if getattr(config, "kv_lora_rank", None):  # latent attention is cached unfolded
+        width = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+    else:
+        width = 2 * (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
+    return int(layers * heads * width * 2)

@@ -1,0 +1,125 @@
+"""Losses and speed of a loaded model.
+
+Perplexity convention: the text is tokenised once without special tokens, cut into non-overlapping
+windows of min(2048, max_position_embeddings) tokens, each starting cold; S - 1 predictions a
+window; the loss is the mean over windows, in nats a token; perplexity = exp(loss).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from moecule.errors import DataError
+
+SPEED_TOKENS = 32  # decoded one by one for the speed figure
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Of one text; all are means over its tokens."""
+
+    loss_nats: float
+    tokens: int
+    kl_nats: float | None = None  # of the original's distribution against this one's
+    top1_agreement: float | None = None  # share of tokens whose likeliest next token is the same
+    original_loss_nats: float | None = None
+
+
+def window_losses(model: Any, windows: Int[Tensor, "N S"], batch: int = 8) -> Float[Tensor, " N"]:
+    """Mean next-token loss of each window, nats."""
+    out = []
+    for part in windows.split(batch):
+        out.append(_token_losses(_logits(model, part), part).mean(-1).cpu())
+    return torch.cat(out)
+
+
+@torch.no_grad()
+def _logits(model: Any, tokens: Int[Tensor, "B S"]) -> Float[Tensor, "B S V"]:
+    out: Tensor = model(tokens.to(model.device), use_cache=False).logits
+    return out.float()
+
+
+def _token_losses(
+    logits: Float[Tensor, "B S V"], tokens: Int[Tensor, "B S"]
+) -> Float[Tensor, "B S1"]:
+    target = tokens[:, 1:].to(logits.device)
+    return nn.functional.cross_entropy(logits[:, :-1].mT, target, reduction="none")
+
+
+def text_loss(
+    model: Any,
+    windows: Int[Tensor, "N S"],
+    original: Any = None,
+    batch: int = 8,
+    tick: Callable[[], None] = lambda: None,
+) -> Loss:
+    """Loss over windows, and against the original model if there is one."""
+    sums = torch.zeros(4, dtype=torch.float64)
+    for part in windows.split(batch):
+        logits = _logits(model, part)
+        sums[0] += _token_losses(logits, part).double().sum().cpu()
+        if original is not None:
+            theirs = _logits(original, part).to(logits.device)
+            sums[1] += _token_losses(theirs, part).double().sum().cpu()
+            p, q = theirs[:, :-1].log_softmax(-1), logits[:, :-1].log_softmax(-1)
+            sums[2] += nn.functional.kl_div(q, p, log_target=True, reduction="sum").double().cpu()
+            sums[3] += (p.argmax(-1) == q.argmax(-1)).double().sum().cpu()
+        tick()
+    n = windows.shape[0] * (windows.shape[1] - 1)
+    loss, theirs_loss, kl, same = (sums / n).tolist()
+    if not math.isfinite(loss):
+        raise DataError("the loss is not finite; the checkpoint is damaged or needs a wider dtype")
+    if original is None:
+        return Loss(loss, n)
+    return Loss(loss, n, kl, same, theirs_loss)
+
+
+@torch.no_grad()
+def speed(model: Any, prompt: Int[Tensor, "one S"]) -> tuple[float, float]:
+    """(prompt tokens/s of one window, tokens/s decoded one by one with a cache), after warming up."""
+    prompt = prompt.to(model.device)
+    model(prompt, use_cache=False)
+    prefill = _timed(model.device, lambda: model(prompt, use_cache=False))
+    cache = model(prompt[:, :8], use_cache=True).past_key_values
+    token = prompt[:, 8:9] if prompt.shape[1] > 8 else prompt[:, :1]
+
+    def decode() -> None:
+        for _ in range(SPEED_TOKENS):
+            model(token, past_key_values=cache, use_cache=True)
+
+    return prompt.shape[1] / prefill, SPEED_TOKENS / _timed(model.device, decode)
+
+
+def _timed(device: torch.device, work: Callable[[], Any]) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's with the number of threads used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"CPU {models[0] if models else ''}, {torch.get_num_threads()} threads"
+
+
+def confidence(differences: Float[Tensor, " N"]) -> tuple[float, float]:
+    """(mean, half width of its 95 % interval) of paired differences, by the normal approximation."""
+    n = len(differences)
+    return float(differences.mean()), float(1.96 * differences.std() / n**0.5)

@@ -1,0 +1,64 @@
+"""A method: the parts one paper supplies. A recipe picks a method for each part."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from moecule.errors import RecipeError
+from moecule.packed import Packed
+from moecule.stats import Statistic, Stats
+
+# what the functions below take as `options` is an instance of the method's own Options
+Allocate = Callable[[Stats, float, Any], Mapping[int, tuple[int, ...]]]
+Encode = Callable[
+    [Float[Tensor, "E M N"], Float[Tensor, "E N N"] | None, tuple[int, ...], int, Any],
+    "list[Packed]",
+]
+Thresholds = Callable[[Stats, Any], tuple[Mapping[int, tuple[float, ...]], float]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What one file of methods/ gives. The functions are pure."""
+
+    paper: str  # authors, year, arXiv id
+    options: type  # a frozen dataclass: the keys a recipe may set, with defaults
+    needs: Callable[[Any], tuple[Statistic, ...]] = lambda options: ()
+    allocate: Allocate | None = None  # (stats, mean bits, options) -> {layer: bits of each expert}
+    whole_bits: bool = False  # allocate takes no mean between two widths
+    encode: Encode | None = None  # (W, gram, bits of each, group, options) -> one Packed each
+    wants_gram: bool = False  # encode reads the gram matrices of the inputs
+    thresholds: Thresholds | None = None  # (stats, options) -> ({layer: by rank}, protected share)
+
+
+def load_method(name: str, part: str) -> Method:
+    """The METHOD of moecule/methods/<name>.py, which must supply `part`.
+
+    Raises RecipeError where there is no such method, naming those there are.
+    """
+    known = method_names()
+    if name in known:
+        method: Method = importlib.import_module(f"moecule.methods.{name}").METHOD
+        if getattr(method, part) is not None:
+            return method
+    having = [n for n in known if getattr(load_all()[n], part) is not None]
+    raise RecipeError(
+        f"{part} = {name!r} is not a method that can {part}; there are {', '.join(having)}"
+    )
+
+
+def load_all() -> dict[str, Method]:
+    """Every method by name."""
+    return {n: importlib.import_module(f"moecule.methods.{n}").METHOD for n in method_names()}
+
+
+def method_names() -> list[str]:
+    """Every file of methods/, sorted."""
+    return sorted(p.stem for p in (Path(__file__).parent / "methods").glob("[a-z]*.py"))

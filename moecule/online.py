@@ -1,0 +1,149 @@
+"""Online skipping in a loaded model: which (token, expert) pairs run, decided as tokens pass.
+
+The rule itself is methods/odp.py. Attention received is taken inside transformers' attention
+interface, around whatever implementation the model uses.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from moecule.errors import PlanError
+from moecule.family import Family
+from moecule.hf import find_moe
+from moecule.methods import odp
+
+PREFIX = "moecule_"
+
+
+@dataclass
+class Switch:
+    """One for the whole model."""
+
+    on: bool = False
+    run: Int[Tensor, ""] | int = 0  # pairs that ran, and all pairs, since the last reset
+    all: int = 0
+
+
+@dataclass
+class LayerSkip:
+    """The rule of one layer, and the attention its tokens have just received."""
+
+    switch: Switch
+    thresholds: tuple[float, ...]
+    protect: float
+    renormalised: bool
+    received: tuple[Float[Tensor, "B S"], Bool[Tensor, "B S"]] | None = field(default=None)
+
+    def __call__(
+        self,
+        x: Float[Tensor, "T H"],
+        idx: Int[Tensor, "T K"],
+        coef: Float[Tensor, "T K"],
+        nobody: int,
+    ) -> tuple[Int[Tensor, "T K"], Float[Tensor, "T K"]]:
+        """Indices, `nobody` where a pair is skipped, and coefficients for what runs."""
+        if not self.switch.on:
+            return idx, coef
+        protected = None
+        if self.received is not None:
+            received, valid = self.received
+            by_sequence = x.view(*received.shape, -1)
+            protected = odp.protected_tokens(by_sequence, received, valid, self.protect).flatten()
+            self.received = None
+        run = odp.kept(coef, self.thresholds, protected)
+        self.switch.run = self.switch.run + run.sum()
+        self.switch.all += run.numel()
+        return idx.masked_fill(~run, nobody), odp.rescaled(coef, run, self.renormalised)
+
+
+def attach(model: Any, family: Family, settings: dict[str, Any]) -> None:
+    """Give every MoE layer its rule, switched off. Settings: protect, {layer: thresholds}."""
+    switch = Switch()
+    renormalised = family.is_renormalised(model.config.to_dict())
+    for i, layer in enumerate(model.base_model.layers):
+        moe = find_moe(layer, family)
+        if moe is None:
+            continue
+        # a layer without thresholds skips nothing, but its pairs count
+        limits = tuple(settings["thresholds"].get(str(i), ()))
+        top_k = getattr(moe.router, "top_k", len(limits) + 1)
+        if limits and len(limits) != top_k - 1:
+            raise PlanError(f"skip: layer {i} has {len(limits)} thresholds, wanted {top_k - 1}")
+        rule = LayerSkip(switch, limits or (0.0,) * (top_k - 1), settings["protect"], renormalised)
+        moe.experts.skip = rule
+        for module in layer.modules():
+            if "layer_idx" in vars(module) and limits and settings["protect"] > 0:
+                object.__setattr__(module, "moecule_skip", rule)  # shared, not a submodule
+    object.__setattr__(model, "moecule_switch", switch)
+
+
+def set_skip(model: Any, on: bool) -> None:
+    """Switch online skipping, as saved in the checkpoint, on or off.
+
+    Raises PlanError for a model whose plan has none.
+    """
+    switch = vars(model).get("moecule_switch")
+    if switch is None:
+        raise PlanError(
+            "this checkpoint has no skip rule; compress with a recipe that has a [skip] table"
+        )
+    switch.on, switch.run, switch.all = on, 0, 0
+    name = model.config._attn_implementation or "eager"
+    if on and not name.startswith(PREFIX):
+        _wrap(name)
+        model.config._attn_implementation = PREFIX + name
+    if not on:
+        model.config._attn_implementation = name.removeprefix(PREFIX)
+
+
+def experts_run(model: Any) -> float:
+    """Share of the (token, expert) pairs that ran since skipping was switched on; 1 without."""
+    switch = vars(model).get("moecule_switch")
+    return float(switch.run) / switch.all if switch is not None and switch.all else 1.0
+
+
+def _wrap(name: str) -> None:
+    """Register an attention implementation that also notes the attention each token receives."""
+
+    def forward(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> Any:
+        rule: LayerSkip | None = vars(module).get("moecule_skip")
+        if rule is not None:
+            rule.received = None
+            if query.shape[2] > 1:
+                scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+                rule.received = odp.attention_received(
+                    query, key, attention_mask, scaling, kwargs.get("s_aux")
+                )
+        return _plain(name, module)(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register(PREFIX + name, forward)
+    AttentionMaskInterface.register(PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
+
+
+def _plain(name: str, module: nn.Module) -> Callable[..., Any]:
+    if name != "eager":
+        found: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[name]
+        return found
+    eager: Callable[..., Any] = next(
+        vars(sys.modules[c.__module__])["eager_attention_forward"]
+        for c in type(module).__mro__
+        if "eager_attention_forward" in vars(sys.modules[c.__module__])
+    )
+    return eager

@@ -1,0 +1,184 @@
+"""The plan: what becomes of every expert and of the rest. Plain data, plain text.
+
+A plan is all that `apply` needs besides the model and the text: it can be read, compared with
+diff, edited by hand and applied again. One outcome takes one line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from moecule.errors import PlanError
+from moecule.packed import WIDTHS
+
+REST = ("attention", "shared", "dense", "router")  # everything in a layer but its routed experts
+
+
+@dataclass(frozen=True)
+class Keep:
+    """The expert stays, in `bits` a weight; 16 leaves its weights as they are."""
+
+    bits: int = 16
+    group: int = 0  # columns that share a scale; 0 for 16 bits
+
+    def __str__(self) -> str:
+        return "keep" if self.bits == 16 else f"keep {self.bits}bit g{self.group}"
+
+
+@dataclass(frozen=True)
+class Drop:
+    """The expert and its router row go."""
+
+    def __str__(self) -> str:
+        return "drop"
+
+
+Fate = Keep | Drop
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Which (token, expert) pairs run, decided online. See methods/odp.py."""
+
+    thresholds: Mapping[int, tuple[float, ...]]  # {layer: ratio to the first expert, rank 1, 2 ...}
+    protect: float = 0.0  # share of a prompt's tokens that skip nothing
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Fates of all experts, widths of the rest, and how to encode."""
+
+    model: str  # as the user named it
+    digest: str  # of the checkpoint
+    layers: Mapping[int, tuple[Fate, ...]]  # {MoE layer: fate of expert 0, 1, ...}
+    rest: Mapping[str, Keep] = field(default_factory=lambda: dict.fromkeys(REST, Keep()))
+    encode: Mapping[str, Any] = field(default_factory=lambda: {"method": "rtn"})
+    skip: Skip | None = None
+    made_by: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def nominal_bits(self) -> float:
+        """Mean code bits over the routed experts' weights, dropped experts counted as 0 bits."""
+        fates = [f for layer in self.layers.values() for f in layer]
+        return sum(f.bits for f in fates if isinstance(f, Keep)) / len(fates)
+
+    @property
+    def code_digest(self) -> str:
+        """sha256 of the text form, 16 hex digits."""
+        return hashlib.sha256(self.dumps().encode()).hexdigest()[:16]
+
+    def dumps(self) -> str:
+        """The plan as YAML."""
+        doc: dict[str, Any] = {"model": self.model, "digest": self.digest}
+        doc["made_by"] = dict(self.made_by)
+        doc["encode"] = dict(self.encode)
+        doc["rest"] = {part: str(self.rest[part]) for part in REST}
+        if self.skip is not None:
+            doc["skip"] = {"protect": self.skip.protect, "thresholds": _spaced(self.skip)}
+        doc["layers"] = {layer: _lines(fates) for layer, fates in sorted(self.layers.items())}
+        return yaml.safe_dump(doc, sort_keys=False, width=100)
+
+    @staticmethod
+    def loads(text: str) -> Plan:
+        """The plan that `dumps` wrote or a person edited. Raises PlanError, naming the place."""
+        try:
+            doc = yaml.safe_load(text)
+        except yaml.YAMLError as e:
+            raise PlanError(f"plan: not YAML: {' '.join(str(e).split())}") from e
+        wanted = {"model", "digest", "made_by", "encode", "rest", "layers"}
+        if not isinstance(doc, dict) or not wanted <= set(doc) <= wanted | {"skip"}:
+            found = sorted(map(str, doc)) if isinstance(doc, dict) else type(doc).__name__
+            raise PlanError(f"plan: found keys {found}, wanted {sorted(wanted)} and maybe skip")
+        if not isinstance(doc["rest"], dict) or set(doc["rest"]) != set(REST):
+            raise PlanError(f"plan: rest has {doc['rest']!r}, wanted one line each for {REST}")
+        rest = {part: _fate(str(verb), f"rest, {part}") for part, verb in doc["rest"].items()}
+        if not isinstance(doc["layers"], dict) or not doc["layers"]:
+            raise PlanError("plan: there are no layers")
+        return Plan(
+            model=str(doc["model"]),
+            digest=str(doc["digest"]),
+            layers={_number(k, "layers"): _fates(k, v) for k, v in doc["layers"].items()},
+            rest={part: fate for part, fate in rest.items() if isinstance(fate, Keep)},
+            encode=doc["encode"],
+            skip=_skip(doc["skip"]) if "skip" in doc else None,
+            made_by=doc["made_by"],
+        )
+
+
+def _spaced(skip: Skip) -> dict[int, str]:
+    return {i: " ".join(map(repr, t)) for i, t in sorted(skip.thresholds.items())}
+
+
+def _skip(doc: Any) -> Skip:
+    try:
+        thresholds = {
+            _number(i, "skip"): tuple(float(x) for x in str(t).split())
+            for i, t in doc["thresholds"].items()
+        }
+        return Skip(thresholds, float(doc["protect"]))
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise PlanError(f"plan: skip wants protect and thresholds per layer, found {doc!r}") from e
+
+
+def _number(key: Any, where: str) -> int:
+    if isinstance(key, int) and key >= 0:
+        return key
+    raise PlanError(f"plan: {where} names {key!r}, wanted a layer's number")
+
+
+def _lines(fates: Iterable[Fate]) -> dict[str, str]:
+    ids: dict[str, list[int]] = {}
+    for e, fate in enumerate(fates):
+        ids.setdefault(str(fate), []).append(e)
+    return {verb: _ranges(ids[verb]) for verb in sorted(ids, key=lambda v: (len(v), v))}
+
+
+def _ranges(ids: list[int]) -> str:
+    out, start = [], ids[0]
+    for a, b in zip(ids, [*ids[1:], -2], strict=True):
+        if b != a + 1:
+            out.append(str(a) if a == start else f"{start}-{a}")
+            start = b
+    return " ".join(out)
+
+
+def _fate(verb: str, where: str) -> Fate:
+    if verb == "drop":
+        return Drop()
+    if verb == "keep":
+        return Keep()
+    match = re.fullmatch(r"keep (\d+)bit g(\d+)", verb)
+    if not match:
+        raise PlanError(f"plan: {where}: cannot read {verb!r}; wanted keep, keep 3bit g64, or drop")
+    bits, group = int(match[1]), int(match[2])
+    if bits not in WIDTHS or group < 1:
+        raise PlanError(f"plan: {where}: {verb!r} wants 1 to 8 bits and a group of 1 or more")
+    return Keep(bits, group)
+
+
+def _fates(layer: Any, lines: Any) -> tuple[Fate, ...]:
+    where = f"layer {layer}"
+    if not isinstance(lines, dict) or not lines:
+        raise PlanError(f"plan: {where} has no fates")
+    found: dict[int, Fate] = {}
+    for verb, ids in lines.items():
+        for part in str(ids).split():
+            match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+            if not match:
+                raise PlanError(
+                    f"plan: {where}: cannot read {part!r}; wanted experts like 3 or 5-7"
+                )
+            for e in range(int(match[1]), int(match[2] or match[1]) + 1):
+                if e in found:
+                    raise PlanError(f"plan: {where}: expert {e} has two fates; leave it one")
+                found[e] = _fate(str(verb), where)
+    missing = sorted(set(range(max(found, default=-1) + 1)) - set(found))
+    if missing or not found:
+        raise PlanError(f"plan: {where}: experts {_ranges(missing or [0])} have no fate")
+    return tuple(found[e] for e in range(len(found)))

@@ -1,0 +1,313 @@
+"""Compressed layers as modules, and loading them through from_pretrained.
+
+A compressed checkpoint has a model_type of its own, so that transformers without this package
+stops instead of filling in random experts. Its tensors are named as the modules in memory are,
+so no conversion stands between. The family's own forward runs; only weights change places:
+
+- an experts module keeps its class, and runs `packed_forward` through transformers' experts
+  interface on the codes in its child `packed`;
+- any other packed weight becomes a property that unpacks when the module's forward asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from moecule import online
+from moecule.experts import Experts
+from moecule.family import load_family
+from moecule.hf import find_moe, select_experts
+from moecule.packed import Packed, words_per_row
+from moecule.plan import Keep
+
+MODEL_TYPE = "moecule"
+FORMAT = 1
+
+
+class Stack(nn.Module):
+    """Experts of one width, in codes or, at 16 bits, as they are."""
+
+    def __init__(
+        self, n: int, shapes: Mapping[str, tuple[int, int]], keep: Keep, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.keep, self.shapes, self.dtype = keep, dict(shapes), dtype
+        for name, (rows, columns) in shapes.items():
+            if keep.bits == 16:
+                weight = nn.Parameter(
+                    torch.empty(n, rows, columns, dtype=dtype), requires_grad=False
+                )
+                self.register_parameter(f"{name}_weight", weight)
+            else:
+                register_packed(self, name, (n,), rows, columns, keep)
+
+    def weight(self, name: str, row: int) -> Float[Tensor, "M N"]:
+        """One expert's matrix, unpacked."""
+        if self.keep.bits == 16:
+            return self.get_parameter(f"{name}_weight")[row]
+        return packed_of(self, name, self.keep, self.shapes[name][1], row).dequantize(self.dtype)
+
+    def set(self, name: str, row: int, value: Packed | Tensor) -> None:
+        """Store one expert's matrix."""
+        if isinstance(value, Tensor):
+            self.get_parameter(f"{name}_weight").data[row] = value
+            return
+        for part, tensor in parts_of(value).items():
+            self.get_buffer(f"{name}_{part}")[row] = tensor
+
+
+def register_packed(
+    module: nn.Module, name: str, lead: tuple[int, ...], rows: int, columns: int, keep: Keep
+) -> None:
+    """Empty buffers for a packed weight: <name>_codes, <name>_scale, <name>_zero.
+
+    Scales and zero points are fp16 seen as int16, so that no cast of a model's dtype touches them.
+    """
+    groups = -(-columns // keep.group)
+    shape = (*lead, rows, words_per_row(keep.bits, columns))
+    module.register_buffer(f"{name}_codes", torch.empty(shape, dtype=torch.int32))
+    for part in ("scale",) if keep.bits == 1 else ("scale", "zero"):
+        module.register_buffer(
+            f"{name}_{part}", torch.empty(*lead, rows, groups, dtype=torch.int16)
+        )
+
+
+def parts_of(packed: Packed) -> dict[str, Tensor]:
+    """The tensors of a packed weight, by the ends of their names."""
+    zero = {} if packed.zero is None else {"zero": packed.zero.view(torch.int16)}
+    return {"codes": packed.codes, "scale": packed.scale.view(torch.int16)} | zero
+
+
+def packed_of(module: nn.Module, name: str, keep: Keep, columns: int, row: Any = ...) -> Packed:
+    """The packed weight that `register_packed` made room for."""
+    scale = module.get_buffer(f"{name}_scale")[row].view(torch.float16)
+    zero = None if keep.bits == 1 else module.get_buffer(f"{name}_zero")[row].view(torch.float16)
+    codes = module.get_buffer(f"{name}_codes")[row]
+    return Packed(codes, scale, zero, keep.bits, keep.group, columns)
+
+
+def prepare_experts(module: Any, keeps: Sequence[Keep]) -> None:
+    """Turn a transformers experts module into one with room for packed experts, in place."""
+    up, down = module.gate_up_proj, module.down_proj
+    if module.is_transposed:
+        up, down = up.mT, down.mT
+    shapes = {"gate_up": (up.shape[1], up.shape[2]), "down": (down.shape[1], down.shape[2])}
+    dtype, n = up.dtype, len(keeps)
+    if module.has_bias:
+        for name in ("gate_up_proj_bias", "down_proj_bias"):
+            bias = getattr(module, name)
+            setattr(module, name, nn.Parameter(bias.data[:n], requires_grad=False))
+    del module.gate_up_proj, module.down_proj
+    kinds = sorted(set(keeps), key=lambda k: (k.bits, k.group))
+    module.packed = nn.ModuleDict(
+        {_kind(k): Stack(sum(k == have for have in keeps), shapes, k, dtype) for k in kinds}
+    )
+    module.slots = [(_kind(k), list(keeps[:e]).count(k)) for e, k in enumerate(keeps)]
+    module.num_experts = n
+    module.skip = None
+
+
+def _kind(keep: Keep) -> str:
+    return "bits16" if keep.bits == 16 else f"bits{keep.bits}g{keep.group}"
+
+
+def fill_experts(
+    module: Any, experts: Experts, packed: Mapping[str, Sequence[Packed | None]]
+) -> None:
+    """Put codes, or the weights of experts at 16 bits, where `prepare_experts` made room."""
+    dense = {"gate_up": experts.gate_up, "down": experts.down}
+    for e, (kind, row) in enumerate(module.slots):
+        for name, weights in dense.items():
+            value = packed[name][e]
+            module.packed[kind].set(name, row, weights[e] if value is None else value)
+
+
+def packed_forward(
+    self: Any, hidden: Float[Tensor, "T H"], idx: Int[Tensor, "T K"], coef: Float[Tensor, "T K"]
+) -> Float[Tensor, "T H"]:
+    """The forward of an experts module whose weights are packed: expert by expert, those that are hit."""
+    if self.skip is not None:
+        idx, coef = self.skip(hidden, idx, coef, self.num_experts)
+    out = torch.zeros_like(hidden)
+    for e in idx.unique().tolist():
+        if e == self.num_experts:  # skipped pairs
+            continue
+        kind, row = self.slots[e]
+        t, k = torch.where(idx == e)
+        y = nn.functional.linear(
+            hidden[t],
+            self.packed[kind].weight("gate_up", row),
+            self.gate_up_proj_bias[e] if self.has_bias else None,
+        )
+        act = self._apply_gate(y)
+        y = nn.functional.linear(
+            act,
+            self.packed[kind].weight("down", row),
+            self.down_proj_bias[e] if self.has_bias else None,
+        )
+        out.index_add_(0, t, (y * coef[t, k, None]).to(out.dtype))
+    return out
+
+
+ALL_EXPERTS_FUNCTIONS.register(MODEL_TYPE, packed_forward)
+
+_packed_classes: dict[type, type] = {}
+
+
+def prepare_weight(module: nn.Module, keep: Keep) -> None:
+    """Give a Linear or a router room for a packed weight, in place; its forward stays as it is."""
+    weight = module.get_parameter("weight")
+    module.weight_keep, module.weight_dtype = keep, weight.dtype  # type: ignore[assignment]
+    module.weight_columns = weight.shape[1]  # type: ignore[assignment]
+    del module.weight
+    register_packed(module, "weight", (), weight.shape[0], weight.shape[1], keep)
+    base = type(module)
+    if base not in _packed_classes:
+        _packed_classes[base] = type(
+            f"Packed{base.__name__}", (base,), {"weight": property(_unpacked)}
+        )
+    module.__class__ = _packed_classes[base]
+
+
+def _unpacked(module: Any) -> Float[Tensor, "M N"]:
+    return packed_of(module, "weight", module.weight_keep, module.weight_columns).dequantize(
+        module.weight_dtype
+    )
+
+
+def fill_weight(module: nn.Module, packed: Packed) -> None:
+    """Put codes where `prepare_weight` made room."""
+    for part, tensor in parts_of(packed).items():
+        module.get_buffer(f"weight_{part}").copy_(tensor)
+
+
+@register_quantization_config(MODEL_TYPE)
+class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What of a checkpoint is packed: widths of each expert by layer, of other weights by name."""
+
+    def __init__(
+        self,
+        experts: dict[str, str] | None = None,  # {layer: "3g64 3g64 16 ..."}, those that are left
+        weights: dict[str, str] | None = None,  # {module: "4g64"}
+        skip: dict[str, Any] | None = None,  # online.SkipSettings
+        format: int = FORMAT,
+        **ignored: Any,
+    ) -> None:
+        if format != FORMAT:
+            raise ValueError(
+                f"checkpoint format {format}, this moecule reads {FORMAT}; update moecule"
+            )
+        self.quant_method = MODEL_TYPE
+        self.format, self.experts, self.weights, self.skip = (
+            format,
+            experts or {},
+            weights or {},
+            skip,
+        )
+
+
+def keep_text(keep: Keep) -> str:
+    """The short form in config.json."""
+    return "16" if keep.bits == 16 else f"{keep.bits}g{keep.group}"
+
+
+def keep_from(text: str) -> Keep:
+    """The inverse of `keep_text`."""
+    bits, _, group = text.partition("g")
+    return Keep(int(bits), int(group or 0))
+
+
+@register_quantizer(MODEL_TYPE)
+class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Swaps weights for codes before transformers loads them."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        config, family = self.quantization_config, load_family(model.config.moecule["model_type"])
+        with torch.device("meta"):
+            for i, widths in config.experts.items():
+                moe = find_moe(model.base_model.layers[int(i)], family)
+                assert moe is not None  # the writer named only MoE layers
+                keeps = [keep_from(w) for w in widths.split()]
+                if len(keeps) < moe.experts.num_experts:
+                    select_experts(moe, range(len(keeps)), moe.experts.num_experts)
+                prepare_experts(moe.experts, keeps)
+            for name, width in config.weights.items():
+                prepare_weight(model.get_submodule(name), keep_from(width))
+        model.config._experts_implementation = MODEL_TYPE
+        if config.skip is not None:
+            online.attach(model, family, config.skip)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for parameter in model.parameters():  # up to 5.17 weights keep the dtype of the file
+            if parameter.is_floating_point() and parameter.dtype != model.dtype:
+                parameter.data = parameter.data.to(model.dtype)
+        if self.quantization_config.skip is not None and model.config.expert_skip:
+            online.set_skip(model, True)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+class MoeculeConfig(PreTrainedConfig):  # type: ignore[misc]
+    """Stands for model_type "moecule"; becomes a subclass of the original family's config."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        base = CONFIG_MAPPING[config_dict["moecule"]["model_type"]]
+        return _classes(base)[0].from_dict(config_dict, **kwargs)
+
+
+class MoeculeForCausalLM:
+    """What auto_map names: opens a checkpoint with the model class of its family."""
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "") -> None:
+        """transformers asks this of remote code; there is nothing to do."""
+
+    @classmethod
+    def from_pretrained(cls, path: str, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        config = config or AutoConfig.from_pretrained(path)
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            path, *args, config=config, **kwargs
+        )
+
+
+_made: dict[type, tuple[Any, Any]] = {}
+
+
+def _classes(base: Any) -> tuple[Any, Any]:
+    """(config class, model class) of a compressed family, registered with the auto classes."""
+    if base not in _made:
+        model_base = MODEL_FOR_CAUSAL_LM_MAPPING[base]
+        config = type(base.__name__, (base,), {"model_type": MODEL_TYPE, "expert_skip": False})
+        model = type(model_base.__name__, (model_base,), {"config_class": config})
+        for made in (config, model):
+            made.__module__ = __name__
+        AutoModelForCausalLM.register(config, model, exist_ok=True)
+        _made[base] = (config, model)
+    return _made[base]
+
+
+AutoConfig.register(MODEL_TYPE, MoeculeConfig, exist_ok=True)

@@ -1,0 +1,130 @@
+"""What calibration counts, and the sums it keeps.
+
+A Statistic says what one expert adds for the tokens it served. Only sums are kept, never
+means, so batches, shards and GPUs add up; whoever reads them divides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float64, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moecule.errors import DataError
+from moecule.experts import Expert
+
+BINS = 256  # of every histogram over [0, 1]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one expert saw and said over the calibration text. t of the T tokens came to it."""
+
+    x: Float[Tensor, "t H"]  # its input
+    coef: Float[Tensor, " t"]  # the weight its output gets in the layer's sum
+    prob: Float[Tensor, " t"]  # its score among all experts, before top-k and renormalisation
+    ratio: Float[Tensor, " t"]  # coef over the token's largest coef
+    rank: Int[Tensor, " t"]  # place among the token's experts by coef, 0 the first
+    total: Float[Tensor, " t"]  # sum of the token's coefs
+    batch: Int[Tensor, " t"]  # the calibration batch the token came in
+    act: Float[Tensor, "t F"]  # what enters its down projection
+    out: Float[Tensor, "t H"]  # its output, before coef
+    routed: Float[Tensor, "t H"]  # the layer's routed output for the token, all experts summed
+    grad: Float[Tensor, "t H"] | None  # of the loss by `routed`, where a statistic asks for it
+    top_k: int
+    renormalised: bool  # the token's coefs sum to a constant
+    expert: Expert
+
+
+@dataclass(frozen=True)
+class LayerSeen:
+    """What a decoder layer was given and gave, over the calibration text."""
+
+    hidden: Float[Tensor, "T H"]  # its input
+    out: Float[Tensor, "T H"]  # its output, residual included
+
+
+@dataclass(frozen=True, eq=False)
+class Statistic:
+    """A named sum over the tokens of an expert, or of a layer. stats/ knows it by its name."""
+
+    name: str
+    of: Callable[[Seen], Tensor] | None = None  # -> [...] for one expert
+    of_layer: Callable[[LayerSeen], Tensor] | None = None  # -> [...] for the layer; one is given
+    backward: bool = False  # reads Seen.grad
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Statistic) and other.name == self.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+COUNT = Statistic("count", lambda s: torch.tensor(float(len(s.coef))))
+MASS = Statistic("mass", lambda s: s.prob.double().sum())
+TOKENS = Statistic("tokens", of_layer=lambda s: torch.tensor(float(len(s.hidden))))
+HIDDEN_SQ = Statistic("hidden_sq", of_layer=lambda s: s.out.double().square().sum())
+COSINE = Statistic(
+    "cosine", of_layer=lambda s: torch.cosine_similarity(s.hidden.double(), s.out.double()).sum()
+)
+
+LayerStats = Mapping[
+    str, Float64[Tensor, "..."]
+]  # [E, ...] of experts, [...] of the layer, by the statistic's name
+Stats = Mapping[int, LayerStats]  # by layer
+
+
+def histogram(
+    value: Float[Tensor, " t"], weight: Float[Tensor, " t"] | None = None
+) -> Float64[Tensor, " bins"]:
+    """Sums of `weight` (or counts) of values in [0, 1], in BINS equal bins; 1 falls in the last."""
+    at = (value * BINS).long().clamp(0, BINS - 1)
+    add = torch.ones_like(value) if weight is None else weight
+    return torch.zeros(BINS, dtype=torch.float64, device=value.device).index_add_(
+        0, at, add.double()
+    )
+
+
+def save_stats(stats: Stats, folder: Path, meta: Mapping[str, Any]) -> None:
+    """One safetensors file a layer, and meta.json: the digests of what went in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for layer, sums in sorted(stats.items()):
+        tensors = {name: t.double().cpu().contiguous() for name, t in sorted(sums.items())}
+        save_file(tensors, folder / f"layer_{layer:04d}.safetensors")
+    (folder / "meta.json").write_text(json.dumps(dict(meta), indent=2, sort_keys=True) + "\n")
+
+
+def load_stats(folder: Path) -> tuple[dict[int, dict[str, Tensor]], dict[str, Any]]:
+    """(stats, meta). Raises DataError for a folder that holds none."""
+    if not (folder / "meta.json").is_file():
+        raise DataError(
+            f"{folder} holds no meta.json, so it is not a stats folder; make one with moecule calibrate"
+        )
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        layers = {int(p.stem[6:]): load_file(p) for p in sorted(folder.glob("layer_*.safetensors"))}
+    except (json.JSONDecodeError, SafetensorError) as e:
+        raise DataError(f"{folder} is damaged ({e}); remove it and calibrate again") from e
+    if sorted(layers) != meta["layers"]:
+        raise DataError(
+            f"{folder} holds layers {sorted(layers)} and its meta.json names {meta['layers']}; "
+            "remove it and calibrate again"
+        )
+    return layers, meta
+
+
+def stats_digest(folder: Path) -> str:
+    """sha256 over the layers' files, 16 hex digits."""
+    total = hashlib.sha256()
+    for path in sorted(folder.glob("layer_*.safetensors")):
+        total.update(path.read_bytes())
+    return total.hexdigest()[:16]
