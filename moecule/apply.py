@@ -38,7 +38,6 @@ class Applied:
         default_factory=dict
     )  # experts no token reached, by layer
     hidden: list[Tensor] = field(default_factory=list)  # the last layer's output
-    expert_bytes: int = 0
 
 
 def check_plan(plan: Plan, streamed: Streamed) -> None:
@@ -92,7 +91,8 @@ def apply_plan(
 ) -> Applied:
     """Write the compressed tensors of the whole model to `writer`; `writer.close` is the caller's.
 
-    Raises PlanError where the plan does not fit the model.
+    `streamed` is used up: its layers have become what was written. Raises PlanError where the plan
+    does not fit the model.
     """
     check_plan(plan, streamed)
     codec = _Codec(load_method(encode.method, "encode"), encode.options)
@@ -269,11 +269,6 @@ def _pack_experts(
         gram = torch.stack([_gram(rounded[e].act(x[t])) for e, t in enumerate(at)])
     down = codec(experts.down, gram, keeps)
     put_experts(moe.experts, _with(rounded, down=down))
-    done.expert_bytes += sum(
-        w.numel() * 2 if c is None else c.size_bytes
-        for weights, codes in ((experts.gate_up, up), (experts.down, down))
-        for w, c in zip(weights, codes, strict=True)
-    )
     return {"gate_up": up, "down": down}
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -131,8 +130,17 @@ def _config(path: Path) -> dict[str, Any]:
         config = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise CheckpointError(f"{file} is not JSON ({e}); fetch it again") from e
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise CheckpointError(f"{file} names no model_type, so the family is unknown")
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise CheckpointError(
+            f"{file} names no model_type, so the family is unknown; fetch it again"
+        )
+    for key in ("quantization_config", "moecule"):
+        if config.get(key) is None:  # as if it were not there
+            config.pop(key, None)
+        elif not isinstance(config[key], dict):
+            raise CheckpointError(
+                f"{file}: {key} is {config[key]!r}, wanted a table; fetch it again"
+            )
     return config
 
 
@@ -141,9 +149,9 @@ def _shards(path: Path) -> list[str]:
     if index.is_file():
         try:
             files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError) as e:
+            missing = [f for f in files if not (path / f).is_file()]
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise CheckpointError(f"{index} is damaged ({e!r}); fetch it again") from e
-        missing = [f for f in files if not (path / f).is_file()]
         if missing:
             raise CheckpointError(
                 f"{index} names {', '.join(missing)}, not in {path}; fetch what is missing"
@@ -170,17 +178,28 @@ def _header(file: Path) -> tuple[dict[str, Any], bytes]:
             raise CheckpointError(f"{file} is cut short or no safetensors file; fetch it again")
         try:
             header = json.loads(f.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError) as e:
+            entries = [t for n, t in header.items() if n != "__metadata__"]
+        except (ValueError, AttributeError) as e:
             raise CheckpointError(f"{file}: its header is damaged; fetch it again") from e
-        end = max(
-            (t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"), default=0
-        )
+        if not all(map(_is_entry, entries)):
+            raise CheckpointError(f"{file}: its header is damaged; fetch it again")
+        end = max((t["data_offsets"][1] for t in entries), default=0)
         if size != 8 + length + end:
             raise CheckpointError(
                 f"{file} has {size} bytes and its header wants {8 + length + end}; fetch it again"
             )
         f.seek(8 + length + max(0, end // 2 - 2**15))
         return header, f.read(2**16)
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether it says of a tensor what it must: dtype, shape, and where its bytes begin and end."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        return False
+    return all(isinstance(n, int) and n >= 0 for n in shape + offsets)
 
 
 class Writer:
@@ -232,17 +251,6 @@ class Writer:
         return total
 
 
-def copy_side_files(source: Path, target: Path) -> None:
-    """Tokenizer, generation settings, chat template, licence: all but weights and config."""
-    for file in sorted(source.iterdir()):
-        wanted = file.suffix in (".json", ".jinja", ".model", ".txt") or file.name.startswith(
-            "LICENSE"
-        )
-        ours = file.name in ("config.json", INDEX, "result.json") or file.name.startswith("README")
-        if file.is_file() and wanted and not ours:
-            shutil.copyfile(file, target / file.name)
-
-
 def move_into(partial: Path, out: Path) -> None:
     """Put a finished folder in place: config.json last, so that a half-moved one does not load."""
     out.mkdir(parents=True, exist_ok=True)
@@ -253,9 +261,12 @@ def move_into(partial: Path, out: Path) -> None:
 
 
 def check_out(out: Path, allowed: set[str]) -> None:
-    """Raise OutputError where `out` is a file or holds anything but `allowed`."""
-    if out.is_file():
+    """Raise OutputError where `out` cannot be made or holds anything but `allowed`."""
+    if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file; name a folder that does not exist yet")
+    there = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError(f"{out} cannot be made: {there} is no folder to write in; name another")
     foreign = sorted(p.name for p in out.iterdir() if p.name not in allowed) if out.is_dir() else []
     if foreign:
         raise OutputError(f"{out} already holds {', '.join(foreign[:4])}; name another folder")

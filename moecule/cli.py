@@ -32,7 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make Mixture-of-Experts models small, with proof of what it cost.",
 )
-out_console, err_console = Console(), Console(stderr=True)
+# no markup: a path may hold [brackets]
+out_console, err_console = Console(markup=False), Console(markup=False, stderr=True)
 
 Model = Annotated[
     str, typer.Argument(help="A folder, a Hub id in the cache, or: embedded.", metavar="MODEL")
@@ -68,39 +69,18 @@ def inspect(
     model: Model, recipe: RecipeName = "mc", device: Device = "auto", json_: Json = False
 ) -> None:
     """Show what a model holds, and what compressing it would take."""
-    from moecule.budget import format_size
     from moecule.inspect import inspect as look
+    from moecule.inspect import table
     from moecule.session import Compute
 
     found = look(model, recipe=recipe, compute=Compute(device))
     if json_:
         _print_json(asdict(found))
         return
-    table = Table(show_header=False, box=None)
-    table.add_row(
-        "family", f"{found.family}, {found.layers} layers, {found.moe_layers} with experts"
-    )
-    table.add_row("experts", f"{found.experts} a layer, {found.top_k} a token")
-    table.add_row(
-        "weights",
-        f"{found.all_weights / 1e6:.1f} M, {found.expert_weights / 1e6:.1f} M in routed experts",
-    )
-    table.add_row("size", format_size(found.size_bytes))
-    table.add_row(
-        "bits a weight",
-        f"{found.nominal_bits:.2f} nominal, {found.bits_per_weight:.2f} true (routed experts)",
-    )
-    for part, size in found.bytes_by_part.items():
-        if size:
-            table.add_row(f"  {part}", format_size(size))
-    if found.sizes_by_bits and found.host_bytes is not None and found.device_bytes is not None:
-        for bits, size in found.sizes_by_bits.items():
-            table.add_row(f"at {bits} bits", f"{format_size(size)} ({recipe})")
-        table.add_row(
-            "peak memory",
-            f"{format_size(found.host_bytes)} host, {format_size(found.device_bytes)} device ({recipe})",
-        )
-    out_console.print(table)
+    shown = Table(show_header=False, box=None)
+    for row in table(found, recipe):
+        shown.add_row(*row)
+    out_console.print(shown)
 
 
 @app.command()
@@ -129,9 +109,7 @@ def calibrate(
             compute=_compute(device, dtype, trust),
             progress=progress,
         )
-    out_console.print(
-        f"statistics in {made}; next: moecule plan {made} -o plan.yaml --recipe {recipe}"
-    )
+    _say(f"statistics in {made}; next: moecule plan {made} -o plan.yaml --recipe {recipe}")
 
 
 @app.command()
@@ -159,10 +137,9 @@ def plan(
     inventory = Inventory.from_dict(load_stats(stats)[1]["inventory"])
     parts = bytes_by_part(inventory, made)
     true = 8 * parts["experts"] / inventory.expert_weights
-    out_console.print(
+    _say(
         f"{out}: {made.nominal_bits:.3f} nominal bits, {true:.3f} true bits a routed expert's weight, "
-        f"{format_size(sum(parts.values()))} in all; next: moecule apply {made.model} {out} -o OUT",
-        soft_wrap=True,
+        f"{format_size(sum(parts.values()))} in all; next: moecule apply {made.model} {out} -o OUT"
     )
 
 
@@ -193,9 +170,7 @@ def apply(
             compute=_compute(device, dtype, trust),
             progress=progress,
         )
-    out_console.print(
-        f"compressed checkpoint in {made}; next: moecule evaluate {made} --against {model}"
-    )
+    _say(f"compressed checkpoint in {made}; next: moecule evaluate {made} --against {model}")
 
 
 @app.command()
@@ -237,7 +212,7 @@ def compress(
         _print_json(asdict(made.after))
         return
     _print_change(made.before, made.after)
-    out_console.print(f"in {made.folder}; next: moecule generate {made.folder} 'Once upon a time'")
+    _say(f"in {made.folder}; next: moecule generate {made.folder} 'Once upon a time'")
 
 
 @app.command()
@@ -254,6 +229,7 @@ def evaluate(
 ) -> None:
     """Measure loss, size and speed."""
     from moecule.evaluate import evaluate as run
+    from moecule.folder import write_text
 
     with _bar() as progress:
         before, after = run(
@@ -265,15 +241,14 @@ def evaluate(
             compute=_compute(device, dtype, trust),
             progress=progress,
         )
-    folder = Path(model)
-    if (folder / "plan.yaml").is_file():
-        (folder / "result.json").write_text(after.dumps())
     if json_:
         _print_json(asdict(after))
     elif before is not None:
         _print_change(before, after)
     else:
         _print_one(after)
+    if (Path(model) / "plan.yaml").is_file():
+        write_text(Path(model) / "result.json", after.dumps())
 
 
 @app.command()
@@ -306,9 +281,8 @@ def generate(
         say=say,
     )
     ran = f", {100 * made.experts_run:.1f} % of the experts run" if skip else ""
-    err_console.print(
-        f"\n{made.tokens} tokens, {made.tokens_per_s:.1f} a second on {made.device}{ran}"
-    )
+    line = f"\n{made.tokens} tokens, {made.tokens_per_s:.1f} a second on {made.device}{ran}"
+    err_console.print(line, soft_wrap=True)
 
 
 def _compute(device: str, dtype: str, trust: bool) -> Any:
@@ -334,6 +308,11 @@ def _recipe(name: str, sets: list[str] | None, samples: int | None, length: int 
     if length is not None:
         changes["data.length"] = length
     return load_recipe(name, changes)
+
+
+def _say(line: str) -> None:
+    """As one line, however long, so that the command in it can be copied."""
+    out_console.print(line, soft_wrap=True)
 
 
 def _print_json(doc: Any) -> None:
@@ -372,17 +351,20 @@ def _print_one(result: Any) -> None:
 
 @contextmanager
 def _bar() -> Iterator[Any]:
-    """A bar on a terminal; a plain line a step elsewhere."""
+    """A bar on a terminal; elsewhere a plain line at every tenth of the way."""
     if not err_console.is_terminal:
-        yield lambda what, done, of: err_console.print(f"{what} {done}/{of}") if done else None
+        tenths: dict[str, int] = {}
+
+        def line(what: str, done: int, of: int) -> None:
+            tenth = 10 * done // max(of, 1)
+            if tenth > tenths.setdefault(what, 0):
+                tenths[what] = tenth
+                err_console.print(f"{what} {done}/{of}")
+
+        yield line
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times)
     with Progress(*columns, console=err_console) as bars:
         tasks: dict[str, Any] = {}
 
@@ -396,13 +378,18 @@ def _bar() -> Iterator[Any]:
 
 def main() -> None:
     """Run a verb; a user's mistake is one line and exit code 2."""
-    warnings.showwarning = lambda message, *args, **kwargs: err_console.print(
-        f"warning: {message}", style="yellow", soft_wrap=True
-    )
+    warnings.showwarning = lambda message, *args, **kwargs: _complain("warning", message, "yellow")
     try:
         app()
-    except (MoeculeError, OSError) as e:
-        err_console.print(
-            f"moecule: {e}", style="red", soft_wrap=True, markup=False, highlight=False
-        )
+    except MoeculeError as e:
+        _complain("moecule", e, "red")
         sys.exit(2)
+    except OSError as e:
+        _complain("moecule", f"{e.filename}: {e.strerror}" if e.filename else e, "red")
+        sys.exit(2)
+
+
+def _complain(who: str, what: object, style: str) -> None:
+    """One line, whatever the text was wrapped from."""
+    line = " ".join(f"{who}: {what}".split())
+    err_console.print(line, style=style, soft_wrap=True, highlight=False)

@@ -12,10 +12,12 @@ import torch
 
 from moecule.checkpoint import check_out
 from moecule.errors import OutputError
-from moecule.evaluate import Result, evaluate
-from moecule.recipe import Recipe, load_recipe
-from moecule.session import Compute, Progress, silent
-from moecule.verbs import AUTO, NO_WISH, Ask, apply, calibrate, plan, read_plan
+from moecule.evaluate import Result, evaluate, evaluation_windows, load_result
+from moecule.folder import remains, write_text
+from moecule.inventory import take_inventory
+from moecule.recipe import Ask, Recipe, load_recipe
+from moecule.session import Compute, Progress, open_checkpoint, silent, stream
+from moecule.verbs import AUTO, NO_WISH, apply, calibrate, plan, read_plan
 
 
 @dataclass(frozen=True)
@@ -45,25 +47,14 @@ def compress(
     """
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     out = Path(out)
-    done = (out / "config.json").is_file()
-    if not done:
-        check_out(out, {"stats", "plan.yaml", "result.json"})
+    done = (out / "config.json").is_file() and (out / "plan.yaml").is_file()
+    _check(model, out, chosen, ask, text, compute, done=done)
     seconds: dict[str, float] = {}
     start = time.perf_counter()
     calibrate(model, out / "stats", recipe=chosen, data=data, compute=compute, progress=progress)
     seconds["calibrate"] = _since(start)
     start = time.perf_counter()
-    wanted = plan(out / "stats", recipe=chosen, ask=ask)
-    file = out / "plan.yaml"
-    if file.is_file():
-        found = read_plan(file)
-        if found.made_by != wanted.made_by or found.digest != wanted.digest:
-            raise OutputError(
-                f"{file} was made for another request ({found.made_by.get('recipe')}, "
-                f"{found.made_by.get('budget')}); name another folder or remove it"
-            )
-    else:
-        plan(out / "stats", file, recipe=chosen, ask=ask)
+    file = _planned(out, chosen, ask)
     seconds["plan"] = _since(start)
     start = time.perf_counter()
     if not done:
@@ -80,8 +71,49 @@ def compress(
     )
     assert before is not None  # `against` was given
     after = replace(after, seconds={**seconds, **after.seconds}, peak_memory_bytes=peak_memory())
-    (out / "result.json").write_text(after.dumps())
+    write_text(out / "result.json", after.dumps())
     return Compressed(out, before, after)
+
+
+def _check(
+    model: str | Path,
+    out: Path,
+    recipe: Recipe,
+    ask: Ask,
+    text: Sequence[str | Path],
+    compute: Compute,
+    *,
+    done: bool,
+) -> None:
+    """Raise what can be known to be wrong before any work."""
+    path = open_checkpoint(model).path
+    if not done:
+        check_out(out, remains(out, path))
+    streamed = stream(model, compute, empty=True)
+    ask.check(recipe, take_inventory(streamed))
+    if text:
+        evaluation_windows(streamed.model.config, path, text, 0, None, recipe.data)
+
+
+def _planned(out: Path, recipe: Recipe, ask: Ask) -> Path:
+    """The plan's file, written if it is not there. Raises OutputError for another request's."""
+    wanted, file = plan(out / "stats", recipe=recipe, ask=ask), out / "plan.yaml"
+    if not file.is_file():
+        write_text(file, wanted.dumps())
+        return file
+    found, result = read_plan(file), out / "result.json"
+    if found.made_by != wanted.made_by or found.digest != wanted.digest:
+        raise OutputError(
+            f"{file} was made for another request ({found.made_by.get('recipe')}, "
+            f"{found.made_by.get('budget')}); name another folder or remove it"
+        )
+    made = (out / "config.json").is_file() and result.is_file()
+    if made and load_result(result).plan_digest != found.code_digest:
+        raise OutputError(
+            f"{file} was edited after the model beside it was made; remove config.json and "
+            "*.safetensors there to apply it, or name another folder"
+        )
+    return file
 
 
 def _since(start: float) -> float:

@@ -28,6 +28,12 @@ class Sampling:
     batch: int = 8  # windows that pass together
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Raises DataError for what no text can give."""
+        for name, value in (("samples", self.samples), ("batch", self.batch)):
+            if value < 1:
+                raise DataError(f"{name} = {value}, wanted 1 window or more")
+
 
 def read_texts(path: str | Path) -> list[str]:
     """The documents of a file: JSON lines (strings, {"text": ...} or [..., text]) or plain text.
@@ -39,12 +45,16 @@ def read_texts(path: str | Path) -> list[str]:
         raw = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
         text = raw.decode()
     except (OSError, lzma.LZMAError, UnicodeDecodeError) as e:
-        raise DataError(f"{path} cannot be read as text: {e}") from e
+        raise DataError(
+            f"{path} cannot be read as text ({e}); give UTF-8 text or JSON lines, packed as .xz or not"
+        ) from e
+    if "\0" in text:
+        raise DataError(f"{path} holds zero bytes, so it is no text; give UTF-8 text or JSON lines")
     texts = [text]
     if path.name.removesuffix(".xz").endswith((".jsonl", ".json")):
-        texts = [
-            _document(line, path, n) for n, line in enumerate(text.splitlines(), 1) if line.strip()
-        ]
+        # not splitlines(): a JSON string may hold U+2028 and the like
+        lines = enumerate(text.split("\n"), 1)
+        texts = [_document(line, path, n) for n, line in lines if line.strip()]
     texts = [t for t in texts if t.strip()]
     if not texts:
         raise DataError(f"{path} holds no text; give a file with at least one window of it")
@@ -55,7 +65,9 @@ def _document(line: str, path: Path, n: int) -> str:
     try:
         doc = json.loads(line)
     except json.JSONDecodeError as e:
-        raise DataError(f"{path}, line {n}: not JSON ({e.msg})") from e
+        raise DataError(
+            f"{path}, line {n}: not JSON ({e.msg}); wanted a document a line, or name it .txt"
+        ) from e
     text = (
         doc.get("text")
         if isinstance(doc, dict)
@@ -67,7 +79,26 @@ def _document(line: str, path: Path, n: int) -> str:
         raise DataError(
             f'{path}, line {n}: found {str(doc)[:40]!r}, wanted {{"text": ...}}, [..., text] or a string'
         )
+    check_text(text, f"{path}, line {n}")
     return text
+
+
+def check_text(text: str, where: str) -> None:
+    """Raise DataError for half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise DataError(f"{where} is no Unicode text ({e.reason}); mend it or leave it out") from e
+
+
+def check_tokens(tokens: Int[Tensor, ...], config: Any) -> None:
+    """Raise DataError for a tokenizer of another model: one that gives tokens this one lacks."""
+    known, highest = int(config.get_text_config().vocab_size), int(tokens.max())
+    if highest >= known:
+        raise DataError(
+            f"the tokenizer gives token {highest} and the model knows {known}; "
+            "put the model's own tokenizer beside it"
+        )
 
 
 def window_length(config: Any, length: int = 0) -> int:

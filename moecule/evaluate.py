@@ -17,8 +17,15 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from moecule.data import Sampling, all_windows, held_out_windows, read_texts, window_length
-from moecule.errors import DataError
+from moecule.data import (
+    Sampling,
+    all_windows,
+    check_tokens,
+    held_out_windows,
+    read_texts,
+    window_length,
+)
+from moecule.errors import CheckpointError, DataError, PlanError
 from moecule.inventory import weigh
 from moecule.measure import Loss, device_name, speed, text_loss
 from moecule.online import experts_run
@@ -34,6 +41,7 @@ from moecule.session import (
     tokenizer_of,
 )
 
+MOST_NATS = 700.0  # exp() of more is no float, and no model that computes is so bad
 HELD_OUT = 32  # windows, where no text to evaluate on was given
 
 
@@ -89,21 +97,24 @@ def evaluate(
 
     `text`: files to evaluate on, each whole. Without any: windows of the calibration text `data`
     that calibration did not see, or without that the package's own evaluation text.
-    Raises DataError for text that is too short, and what opening the models raises.
+    Raises DataError for text that is too short, CheckpointError for an original of another
+    vocabulary, and what opening the models raises.
     """
     compute = compute or Compute()
     checkpoint = open_checkpoint(model)
+    digest = _plan_digest(checkpoint.path)
     loaded = load(model, compute, skip=skip)
     original = None if against is None else load(against, compute)
-    windows = _windows(loaded, checkpoint.path, text, length, data, sampling or Sampling())
+    _check_vocabularies(loaded, original, against)
+    windows = evaluation_windows(
+        loaded.config, checkpoint.path, text, length, data, sampling or Sampling()
+    )
     steps = sum(-(-len(w) // 8) for w in windows.values())
     tick = ticker(progress, "evaluate", steps)
     start = time.perf_counter()
     by_file = {name: text_loss(loaded, w, original, tick=tick) for name, w in windows.items()}
     seconds = {"evaluate": round(time.perf_counter() - start, 2)}
     names = (str(model), None if against is None else str(against))
-    plan_file = checkpoint.path / "plan.yaml"
-    digest = Plan.loads(plan_file.read_text()).code_digest if plan_file.is_file() else None
     after = _result(loaded, weigh(checkpoint), by_file, windows, names, seconds, digest)
     if against is None:
         return None, after
@@ -115,26 +126,48 @@ def evaluate(
     return _result(original, sizes, theirs, windows, (str(against), None), {}, None), after
 
 
-def _windows(
-    model: Any,
+def _plan_digest(path: Path) -> str | None:
+    file = path / "plan.yaml"
+    try:
+        return Plan.loads(file.read_text()).code_digest if file.is_file() else None
+    except UnicodeDecodeError as e:
+        raise PlanError(f"{file} is no text ({e}); compress again") from e
+
+
+def _check_vocabularies(model: Any, original: Any, against: Any) -> None:
+    sizes = [m.config.get_text_config().vocab_size for m in (model, original or model)]
+    if sizes[0] != sizes[1]:
+        raise CheckpointError(
+            f"{against} knows {sizes[1]} tokens and the model {sizes[0]}; give its own original"
+        )
+
+
+def evaluation_windows(
+    config: Any,
     path: Path,
     text: Sequence[str | Path],
     length: int,
     data: str | Path | None,
     sampling: Sampling,
 ) -> dict[str, Int[Tensor, "N S"]]:
+    """What `evaluate` measures on, by the file's name: `config` and `path` are of the model.
+
+    Raises DataError for text that cannot be read or gives not one window.
+    """
     tokenizer = tokenizer_of(path)
-    size = window_length(model.config, length or sampling.length)
-    if text:
-        names = [Path(t).name for t in text]
-        unique = names if len(set(names)) == len(names) else [str(t) for t in text]
-        texts = zip(unique, text, strict=True)
-        return {name: all_windows(tokenizer, read_texts(t), size) for name, t in texts}
-    if data is not None:
+    size = window_length(config, length or sampling.length)
+    if data is not None and not text:
         held = held_out_windows(tokenizer, read_texts(data), sampling, size, HELD_OUT)
-        return {f"held out of {Path(data).name}": held}
-    files = sorted((ASSETS / "text" / "eval").glob("*.txt"))
-    return {f.name: all_windows(tokenizer, read_texts(f), size) for f in files}
+        windows = {f"held out of {Path(data).name}": held}
+    else:
+        files = text or sorted((ASSETS / "text" / "eval").glob("*.txt"))
+        names = [Path(t).name for t in files]
+        unique = names if len(set(names)) == len(names) else [str(t) for t in files]
+        texts = zip(unique, files, strict=True)
+        windows = {name: all_windows(tokenizer, read_texts(t), size) for name, t in texts}
+    for found in windows.values():
+        check_tokens(found, config)
+    return windows
 
 
 def _result(
@@ -149,6 +182,8 @@ def _result(
     means = mean_loss(by_file)
     loss = means["loss_nats"]
     assert loss is not None  # every file has a loss
+    if loss > MOST_NATS:
+        raise DataError(f"a loss of {loss:.3g} nats a token; the checkpoint is damaged")
     some = next(iter(windows.values()))
     run = experts_run(model)
     prefill, decode = speed(model, some[:1])

@@ -6,22 +6,25 @@ python -m moecule.folder FOLDER PROBE      opens FOLDER afresh and compares logi
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moecule import runtime
 from moecule.apply import Applied, is_stock
-from moecule.checkpoint import Checkpoint, copy_side_files
-from moecule.errors import VerifyError
+from moecule.checkpoint import INDEX, Checkpoint
+from moecule.errors import OutputError, VerifyError
 from moecule.family import Family
 from moecule.plan import Keep, Plan
 
@@ -36,19 +39,85 @@ PROBE_TOKENS = 256
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
+@contextmanager
+def partial_of(out: Path) -> Iterator[Path]:
+    """A name beside `out` to write under; what an earlier run left there is gone.
+
+    Nothing of it stays when the work fails, and no folder that was made on the way to it.
+    Raises OutputError where safetensors cannot write: it has an error of its own for a full disk.
+    """
+    out = out.resolve()  # "." has no name to write beside
+    made = [p for p in out.parents if not p.exists()]
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove(partial)
+        yield partial
+    except SafetensorError as e:
+        raise OutputError(f"{out} cannot be written: {e}") from e
+    finally:
+        _remove(partial)
+        for folder in made:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    elif path.parent.is_dir():
+        path.unlink(missing_ok=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    """All of it or nothing. Raises OutputError where `file` is a folder."""
+    if file.is_dir():
+        raise OutputError(f"{file} is a folder; name a file")
+    with partial_of(file) as partial:
+        partial.write_text(text)
+        partial.replace(file)
+
+
+def side_files(source: Path) -> list[Path]:
+    """Tokenizer, generation settings, chat template, licence: all but weights and config."""
+    kinds, ours = (".json", ".jinja", ".model", ".txt"), ("config.json", INDEX, "result.json")
+    return [
+        file
+        for file in sorted(source.iterdir())
+        if (file.suffix in kinds or file.name.startswith("LICENSE"))
+        and not (file.name in ours or file.name.startswith("README"))
+        and file.is_file()
+    ]
+
+
+def remains(out: Path, source: Path) -> set[str]:
+    """What may lie in `out` before a checkpoint is put there: what this package makes besides it.
+
+    A plan marks the folder as ours; then all that a checkpoint has but config and weights may stay
+    and is written anew.
+    """
+    ours = {"stats", "plan.yaml"}
+    if not (out / "plan.yaml").is_file():
+        return ours
+    ours |= {"result.json", "README.md", f"{REQUIRED}.py"}
+    return ours | {file.name for file in side_files(source)}
+
+
 def write_config(
     folder: Path, source: Checkpoint, family: Family, plan: Plan, done: Applied
 ) -> None:
     """config.json and all that is neither weights nor stats, into `folder`."""
     config = dict(source.config)
     if is_stock(plan):
+        config.pop("auto_map", None)  # names code that is not copied, and not needed
         kept = sum(isinstance(f, Keep) for f in next(iter(plan.layers.values())))
         config |= {key: kept for key in family.count_keys if key in config}
     else:
         config |= _packed_config(source, plan, done)
         (folder / f"{REQUIRED}.py").write_text(REQUIRED_CODE)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    copy_side_files(source.path, folder)
+    for file in side_files(source.path):
+        shutil.copyfile(file, folder / file.name)
     (folder / "plan.yaml").write_text(plan.dumps())
     (folder / "README.md").write_text(_card(source, plan, done))
 
@@ -145,7 +214,8 @@ def _child(folder: str, probe: str, dtype: str, device: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
     with torch.no_grad():
         got = model(want["tokens"].to(device)).logits.float().cpu()
-    print(float((got - want["logits"]).norm() / want["logits"].norm()))
+    apart, size = (got - want["logits"]).norm(), want["logits"].norm()
+    print(float(apart / size) if size > 0 else float(apart))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from moecule.errors import DataError
+from moecule.data import check_text, check_tokens
+from moecule.errors import DataError, RecipeError
 from moecule.measure import device_name
 from moecule.online import experts_run
 from moecule.session import Compute, load, open_checkpoint, tokenizer_of
@@ -67,10 +72,10 @@ def generate(
 ) -> Generated:
     """Up to `tokens` new tokens; `say` gets them as they come. The chat template is used if there is one.
 
-    Temperature 0 takes the likeliest token. Raises DataError for an empty prompt.
+    Temperature 0 takes the likeliest token. Raises DataError for a prompt that is empty or too
+    long, RecipeError for settings that cannot be.
     """
-    if not prompt.strip():
-        raise DataError("the prompt is empty; give some text to go on from")
+    _check(prompt, tokens, temperature, seed)
     path = open_checkpoint(model).path
     tokenizer, loaded = tokenizer_of(path), load(model, compute or Compute(), skip=skip)
     if tokenizer.chat_template:
@@ -83,6 +88,7 @@ def generate(
     inputs = {
         k: v for k, v in inputs.to(loaded.device).items() if k in ("input_ids", "attention_mask")
     }
+    tokens = min(tokens, _room(inputs["input_ids"], loaded.config))
     pieces = _Pieces(tokenizer, inputs["input_ids"].shape[1], say)
     torch.manual_seed(seed)
     how = (
@@ -103,3 +109,29 @@ def generate(
     rate = (len(new) - 1) / seconds if len(new) > 1 else 0.0
     text = tokenizer.decode(new, skip_special_tokens=True)
     return Generated(text, len(new), rate, experts_run(loaded), device_name(loaded.device))
+
+
+def _check(prompt: str, tokens: int, temperature: float, seed: int) -> None:
+    if not prompt.strip():
+        raise DataError("the prompt is empty; give some text to go on from")
+    check_text(prompt, "the prompt")
+    if tokens < 1:
+        raise RecipeError(f"{tokens} new tokens were asked for; wanted 1 or more")
+    if not 0 <= temperature < math.inf:
+        raise RecipeError(f"temperature {temperature:g}; wanted 0, or a number above it")
+    if not 0 <= seed < 2**63:
+        raise RecipeError(f"seed {seed}; wanted a whole number from 0 to 2^63 - 1")
+
+
+def _room(ids: Int[Tensor, "one S"], config: Any) -> int:
+    """New tokens that the model has places for. Raises DataError where the prompt leaves none."""
+    check_tokens(ids, config)
+    known = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if known is None:
+        return sys.maxsize
+    if ids.shape[1] >= known:
+        raise DataError(
+            f"the prompt has {ids.shape[1]} tokens, and with an answer the model knows {known}; "
+            "give a shorter one"
+        )
+    return int(known) - ids.shape[1]

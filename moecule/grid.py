@@ -38,7 +38,7 @@ class Clip:
 
 NONE = Clip()
 NARROW = Clip(0.9, 1.1, 101, 2.4)  # the search in the authors' code of MC
-WIDE = Clip(0.3, 1.0, 15, 2.0, refine=2)
+WIDE = Clip(0.3, 1.0, 8, 2.0, refine=3)
 CLIPS = {"none": NONE, "narrow": NARROW, "wide": WIDE}
 
 
@@ -126,6 +126,8 @@ def _storable_zero(zero: Tensor) -> Tensor:
 
 def nearest(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Float[Tensor, ...]:
     """The code of the nearest level, as float."""
+    if bits == 1:  # round() takes 1/2 to the even 0, and the sign of 0 is +
+        return (w >= 0).float()
     return (w / scale + zero).round_().clamp_(0, 2**bits - 1)
 
 

@@ -175,7 +175,7 @@ def skeleton(
         ) from e
     with torch.device("meta"), quiet():
         model = AutoModelForCausalLM.from_config(
-            settings, dtype=dtype, experts_implementation="eager"
+            settings, dtype=dtype, experts_implementation="grouped_mm"
         )
     model.eval().requires_grad_(False)
     if not any(find_moe(layer, family) for layer in model.base_model.layers):

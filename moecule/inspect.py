@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from moecule.budget import Inventory, bytes_by_part
+from moecule.budget import Inventory, bytes_by_part, format_size
 from moecule.data import window_length
 from moecule.hf import PACKED, Streamed, experts_of, find_moe, skeleton
 from moecule.inventory import take_inventory, weigh
@@ -68,6 +68,30 @@ def inspect(
     needs = memory_needs(inventory, chosen, streamed)
     at = {str(b): _size_at(inventory, chosen, b) for b in (1, 2, 3, 4)}
     return replace(facts, sizes_by_bits=at, device_bytes=needs[0], host_bytes=needs[1])
+
+
+def table(found: Inspection, recipe: str) -> list[tuple[str, str]]:
+    """Rows of (what, how much) for a person."""
+    rows = [
+        ("family", f"{found.family}, {found.layers} layers, {found.moe_layers} with experts"),
+        ("experts", f"{found.experts} a layer, {found.top_k} a token"),
+        (
+            "weights",
+            f"{found.all_weights / 1e6:.1f} M, {found.expert_weights / 1e6:.1f} M in routed experts",
+        ),
+        ("size", format_size(found.size_bytes)),
+        (
+            "bits a weight",
+            f"{found.nominal_bits:.2f} nominal, {found.bits_per_weight:.2f} true (routed experts)",
+        ),
+    ]
+    rows += [(f"  {p}", format_size(size)) for p, size in found.bytes_by_part.items() if size]
+    for bits, size in (found.sizes_by_bits or {}).items():
+        rows.append((f"at {bits} bits", f"{format_size(size)} ({recipe})"))
+    if found.host_bytes is not None and found.device_bytes is not None:
+        host, device = format_size(found.host_bytes), format_size(found.device_bytes)
+        rows.append(("peak memory", f"{host} host, {device} device ({recipe})"))
+    return rows
 
 
 _SIZES = ("size_bytes", "bits_per_weight", "nominal_bits", "bytes_by_part")

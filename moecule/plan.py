@@ -98,6 +98,11 @@ class Plan:
         if not isinstance(doc["rest"], dict) or set(doc["rest"]) != set(REST):
             raise PlanError(f"plan: rest has {doc['rest']!r}, wanted one line each for {REST}")
         rest = {part: _fate(str(verb), f"rest, {part}") for part, verb in doc["rest"].items()}
+        if Drop() in rest.values():
+            raise PlanError("plan: rest, only experts can be dropped; wanted keep or keep 3bit g64")
+        for key in ("made_by", "encode"):
+            if not isinstance(doc[key], dict):
+                raise PlanError(f"plan: {key} has {doc[key]!r}, wanted keys and values")
         if not isinstance(doc["layers"], dict) or not doc["layers"]:
             raise PlanError("plan: there are no layers")
         return Plan(
@@ -121,9 +126,13 @@ def _skip(doc: Any) -> Skip:
             _number(i, "skip"): tuple(float(x) for x in str(t).split())
             for i, t in doc["thresholds"].items()
         }
-        return Skip(thresholds, float(doc["protect"]))
+        skip = Skip(thresholds, float(doc["protect"]))
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise PlanError(f"plan: skip wants protect and thresholds per layer, found {doc!r}") from e
+    numbers = [skip.protect, *(x for t in thresholds.values() for x in t)]
+    if not all(0 <= x <= 1 for x in numbers):  # NaN is not, either
+        raise PlanError(f"plan: skip wants numbers from 0 to 1, found {doc!r}")
+    return skip
 
 
 def _number(key: Any, where: str) -> int:
@@ -169,7 +178,8 @@ def _fates(layer: Any, lines: Any) -> tuple[Fate, ...]:
     found: dict[int, Fate] = {}
     for verb, ids in lines.items():
         for part in str(ids).split():
-            match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+            # five digits: a slip such as 0-99999999 would fill the memory
+            match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part)
             if not match:
                 raise PlanError(
                     f"plan: {where}: cannot read {part!r}; wanted experts like 3 or 5-7"

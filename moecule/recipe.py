@@ -7,19 +7,22 @@ known or refused.
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from moecule.budget import Inventory, bytes_by_part, format_size, parse_size
 from moecule.data import Sampling
 from moecule.errors import RecipeError
 from moecule.method import load_method
-from moecule.plan import REST, Keep
+from moecule.plan import REST, Keep, Plan
 from moecule.stats import Statistic
 
 HERE = Path(__file__).parent / "recipes"
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text in quotes"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,87 @@ class Recipe:
         found = [s for what, p in parts for s in load_method(p.method, what).needs(p.options)]
         return tuple(dict.fromkeys(found))
 
+    def widths(self) -> tuple[int, int]:
+        """The least and the most bits that its allocation can give an expert."""
+        given = getattr(self.allocate.options, "bits", (1, 8))
+        return min(given), max(given)
+
+    def least(self, inventory: Inventory) -> Plan:
+        """A plan that no plan of this recipe is smaller than."""
+        keep = Keep(self.widths()[0], self.group)
+        layers = {i: (keep,) * experts.n for i, experts in inventory.experts.items()}
+        return Plan("", "", layers, rest=self.rest)
+
+    def check_bits(self, bits: float) -> None:
+        """Raise RecipeError for a mean of bits that no allocation of this recipe has."""
+        whole = load_method(self.allocate.method, "allocate").whole_bits
+        least, most = self.widths()
+        if not least <= bits <= most:
+            has = hasattr(self.allocate.options, "bits")
+            other = "; give it other widths with --set allocate.bits=[...]" if has else ""
+            raise RecipeError(
+                f"{bits:g} bits were asked for, and the least that recipe {self.name} can is "
+                f"{least}, the most {most}{other}"
+            )
+        if whole and bits != int(bits):
+            raise RecipeError(f"recipe {self.name} takes whole bits only, not {bits:g}")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """How small: mean code bits of the experts, or true bytes; one of them, or the recipe's bits."""
+
+    bits: float | None = None
+    size: str | int | None = None  # of the whole checkpoint
+    fit: str | int | None = None  # of the checkpoint and a KV cache of `context` tokens
+    context: int = 4096
+
+    def __post_init__(self) -> None:
+        """Raises RecipeError for two wishes at once, and for what is no size."""
+        if sum(x is not None for x in (self.bits, self.size, self.fit)) > 1:
+            raise RecipeError("give one of --bits, --size and --fit, not two")
+        if self.context < 1:
+            raise RecipeError(f"a context of {self.context} tokens; wanted 1 or more")
+        for size in (self.size, self.fit):
+            if size is not None:
+                parse_size(size)
+
+    def size_bytes(self, inventory: Inventory) -> int | None:
+        """The bytes to keep within, if the user gave any."""
+        if self.size is not None:
+            return parse_size(self.size)
+        if self.fit is not None:
+            return parse_size(self.fit) - self.cache_bytes(inventory)
+        return None
+
+    def cache_bytes(self, inventory: Inventory) -> int:
+        """Of the KV cache that `fit` leaves room for."""
+        tokens = min(self.context, inventory.max_position)
+        return 0 if self.fit is None else inventory.kv_bytes_per_token * tokens
+
+    def check(self, recipe: Recipe, inventory: Inventory) -> None:
+        """Raise RecipeError for what no plan of the recipe can meet, before there are statistics."""
+        size = self.size_bytes(inventory)
+        if size is None:
+            recipe.check_bits(recipe.bits if self.bits is None else self.bits)
+            return
+        least = sum(bytes_by_part(inventory, recipe.least(inventory)).values())
+        if size < least:
+            cache = self.cache_bytes(inventory)
+            room = f" and {format_size(cache)} for the KV cache" if cache else ""
+            raise RecipeError(
+                f"{self.text(recipe)} cannot be met; the least that recipe {recipe.name} takes is "
+                f"{format_size(least)}{room}"
+            )
+
+    def text(self, recipe: Recipe) -> str:
+        """For the plan: what was asked for."""
+        if self.size is not None:
+            return f"size {self.size}"
+        if self.fit is not None:
+            return f"fit {self.fit}, {self.context} tokens"
+        return f"{recipe.bits if self.bits is None else self.bits:g} bits"
+
 
 def recipe_names() -> list[str]:
     """The recipes that come with the package."""
@@ -82,7 +166,10 @@ def load_recipe(name: str | Path, changes: Mapping[str, Any] | None = None) -> R
         raise RecipeError(f"{path}: not TOML: {e}") from e
     for key, value in (changes or {}).items():
         table, _, last = key.rpartition(".")
-        (doc.setdefault(table, {}) if table else doc)[last] = value
+        inside = doc.setdefault(table, {}) if table else doc
+        if not isinstance(inside, dict):
+            raise RecipeError(f"{path}: {key} cannot be set; {table} = {inside!r} is no table")
+        inside[last] = value
     return _recipe(path, doc)
 
 
@@ -92,17 +179,17 @@ def _recipe(path: Path, doc: dict[str, Any]) -> Recipe:
     for key in ("allocate", "encode"):
         if not isinstance(doc.get(key), dict):
             raise RecipeError(f"{path}: there is no [{key}] table; it must name a method")
-    group = doc.get("group", 64)
-    if not isinstance(group, int) or group < 1:
-        raise RecipeError(f"{path}: group = {group!r}, wanted a whole number of columns")
+    group = _value(int, doc.get("group", 64), f"{path}: group")
+    if group < 1:
+        raise RecipeError(f"{path}: group = {group}, wanted 1 column or more")
     rest = doc.get("rest", {})
     _refuse_unknown(f"{path} [rest]", rest, set(REST))
     return Recipe(
         name=path.stem,
-        about=doc.get("about", ""),
-        paper=doc.get("paper", ""),
+        about=_value(str, doc.get("about", ""), f"{path}: about"),
+        paper=_value(str, doc.get("paper", ""), f"{path}: paper"),
         group=group,
-        bits=doc.get("bits", 2.5),
+        bits=_value(float, doc.get("bits", 2.5), f"{path}: bits"),
         data=_options(Sampling, doc.get("data", {}), f"{path} [data]"),
         allocate=part_of(f"{path} [allocate]", doc["allocate"], "allocate", group),
         encode=part_of(f"{path} [encode]", doc["encode"], "encode", group),
@@ -129,12 +216,12 @@ def part_of(where: str, table: Any, what: str, group: int | None = None) -> Part
 def _keep(bits: Any, group: int, where: str) -> Keep:
     if bits == 16:
         return Keep()
-    if not isinstance(bits, int) or not 1 <= bits <= 8:
+    if type(bits) is not int or not 1 <= bits <= 8:  # True is an int
         raise RecipeError(f"{where} = {bits!r}, wanted 1 to 8 bits, or 16 to leave it as it is")
     return Keep(bits, group)
 
 
-def _options(kind: Any, given: Mapping[str, Any], where: str) -> Any:
+def _options(kind: Any, given: Any, where: str) -> Any:
     types = get_type_hints(kind)
     _refuse_unknown(where, given, set(types))
     return kind(**{k: _value(types[k], v, f"{where} {k}") for k, v in given.items()})
@@ -142,7 +229,7 @@ def _options(kind: Any, given: Mapping[str, Any], where: str) -> Any:
 
 def _value(wanted: Any, value: Any, where: str) -> Any:
     if get_origin(wanted) is tuple and isinstance(value, list) and value:
-        if all(isinstance(v, int) and 1 <= v <= 8 for v in value) and len(set(value)) == len(value):
+        if all(type(v) is int and 1 <= v <= 8 for v in value) and len(set(value)) == len(value):
             return tuple(sorted(value))
         raise RecipeError(f"{where} = {value!r}, wanted different widths of 1 to 8 bits")
     if get_origin(wanted) is Literal:
@@ -151,15 +238,11 @@ def _value(wanted: Any, value: Any, where: str) -> Any:
         raise RecipeError(
             f"{where} = {value!r}, wanted one of {', '.join(map(str, get_args(wanted)))}"
         )
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+    if wanted is float and type(value) is int:
         return float(value)
-    if (
-        isinstance(wanted, type)
-        and isinstance(value, wanted)
-        and (wanted is bool or value is not True)
-    ):
+    if type(value) is wanted and (wanted is not float or math.isfinite(value)):
         return value
-    raise RecipeError(f"{where} = {value!r}, wanted {getattr(wanted, '__name__', wanted)}")
+    raise RecipeError(f"{where} = {value!r}, wanted {KINDS.get(wanted, 'a list of widths')}")
 
 
 def _refuse_unknown(where: str, given: Any, known: set[str]) -> None:

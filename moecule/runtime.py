@@ -140,25 +140,28 @@ def packed_forward(
     """The forward of an experts module whose weights are packed: expert by expert, those that are hit."""
     if self.skip is not None:
         idx, coef = self.skip(hidden, idx, coef, self.num_experts)
-    out = torch.zeros_like(hidden)
-    for e in idx.unique().tolist():
+    top_k, order = idx.shape[1], idx.flatten().argsort(stable=True)
+    counts = idx.flatten().bincount(minlength=self.num_experts + 1).tolist()
+    pieces = []
+    for e, pairs in enumerate(order.split(counts)):
         if e == self.num_experts:  # skipped pairs
-            continue
-        kind, row = self.slots[e]
-        t, k = torch.where(idx == e)
-        y = nn.functional.linear(
-            hidden[t],
-            self.packed[kind].weight("gate_up", row),
-            self.gate_up_proj_bias[e] if self.has_bias else None,
-        )
-        act = self._apply_gate(y)
-        y = nn.functional.linear(
-            act,
-            self.packed[kind].weight("down", row),
-            self.down_proj_bias[e] if self.has_bias else None,
-        )
-        out.index_add_(0, t, (y * coef[t, k, None]).to(out.dtype))
-    return out
+            pieces.append(hidden.new_zeros(len(pairs), hidden.shape[1]))
+        elif len(pairs):
+            pieces.append(_run_expert(self, e, hidden[pairs // top_k]))
+    # back to the tokens' order by gathering: adding into rows is slow, and not reproducible on GPUs
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    each = torch.cat(pieces)[back].view(*idx.shape, -1)
+    return (each * coef[..., None]).sum(1).to(hidden.dtype)
+
+
+def _run_expert(module: Any, e: int, x: Float[Tensor, "t H"]) -> Float[Tensor, "t H"]:
+    """One expert's output for its tokens, before the coefficient."""
+    kind, row = module.slots[e]
+    stack, biases = module.packed[kind], (None, None)
+    if module.has_bias:
+        biases = (module.gate_up_proj_bias[e], module.down_proj_bias[e])
+    up = nn.functional.linear(x, stack.weight("gate_up", row), biases[0])
+    return nn.functional.linear(module._apply_gate(up), stack.weight("down", row), biases[1])
 
 
 ALL_EXPERTS_FUNCTIONS.register(MODEL_TYPE, packed_forward)
@@ -288,6 +291,7 @@ class MoeculeForCausalLM:
 
     @classmethod
     def from_pretrained(cls, path: str, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """Open with the model class of the family that `path` was made from."""
         config = config or AutoConfig.from_pretrained(path)
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
             path, *args, config=config, **kwargs

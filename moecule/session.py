@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moecule import online
 from moecule.checkpoint import Checkpoint
 from moecule.errors import CheckpointError, RecipeError
+from moecule.family import load_family
 from moecule.hf import PACKED, Streamed, open_model, quiet
 
 Progress = Callable[[str, int, int], None]  # (what is done, steps done, of how many)
 ASSETS = Path(__file__).parent / "assets"
+QUANTISED = "quantization_config"  # transformers' key
 EMBEDDED = "embedded"  # names the small model that comes with the package
 
 
@@ -40,8 +42,13 @@ class Compute:
             device = torch.device(self.device)
         except RuntimeError as e:
             raise RecipeError(f"device {self.device!r} is not one; wanted cpu or cuda") from e
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise RecipeError("device cuda was asked for, and torch finds no GPU; use cpu")
+        if device.type not in ("cpu", "cuda"):
+            raise RecipeError(f"device {self.device!r} is not served; wanted cpu or cuda")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise RecipeError(
+                f"device {self.device} was asked for, and torch finds {torch.cuda.device_count()} "
+                "GPUs; use cpu, or another number"
+            )
         return device
 
     def torch_dtype(self, config: Mapping[str, Any]) -> torch.dtype:
@@ -63,19 +70,33 @@ def resolve(model: str | Path) -> str:
 
 def open_checkpoint(model: str | Path) -> Checkpoint:
     """A folder, a Hub id in the cache, or the embedded model. Raises CheckpointError."""
-    return replace(Checkpoint.open(resolve(model)), name=str(model))
+    found = Checkpoint.open(resolve(model))
+    if found.config["model_type"] == PACKED:
+        # what the original was, and what of it is packed: all else is read by these
+        of = (found.config.get("moecule", {}).get("model_type"), found.config.get(QUANTISED))
+        if not isinstance(of[0], str) or not of[1] or of[1].get("quant_method") != PACKED:
+            raise CheckpointError(
+                f"{found.path / 'config.json'} does not say what is packed; compress again"
+            )
+        load_family(of[0])
+    return replace(found, name=str(model))
 
 
 def stream(model: str | Path, compute: Compute, *, empty: bool = False) -> Streamed:
     """A model to walk through, layer by layer. Raises CheckpointError where it is not served."""
     checkpoint = open_checkpoint(model)
-    return open_model(
+    streamed = open_model(
         checkpoint,
         compute.torch_dtype(checkpoint.config),
         compute.torch_device(),
         trust_remote_code=compute.trust_remote_code,
         empty=empty,
     )
+    tied = getattr(streamed.model, "all_tied_weights_keys", {})
+    left = [n for n in streamed.model.state_dict() if n not in streamed.disk and n not in tied]
+    if left:
+        raise CheckpointError(f"{checkpoint.path} lacks what makes {left[0]} ({len(left)} missing)")
+    return streamed
 
 
 def load(model: str | Path, compute: Compute, *, skip: bool = False) -> Any:
@@ -85,20 +106,28 @@ def load(model: str | Path, compute: Compute, *, skip: bool = False) -> Any:
     """
     checkpoint = open_checkpoint(model)
     device = compute.torch_device()
-    # eager experts run in any dtype; a compressed model brings its own
-    experts = (
-        {} if checkpoint.config["model_type"] == PACKED else {"experts_implementation": "eager"}
-    )
+    packed = checkpoint.config["model_type"] == PACKED
+    own_code = "auto_map" in checkpoint.config and not packed
+    # a compressed model brings its own, and so may code that comes with a model
+    own_experts = packed or (own_code and compute.trust_remote_code)
+    experts = {} if own_experts else {"experts_implementation": "grouped_mm"}
     try:
         with quiet():
-            loaded = AutoModelForCausalLM.from_pretrained(
+            loaded, told = AutoModelForCausalLM.from_pretrained(
                 checkpoint.path,
                 dtype=compute.torch_dtype(checkpoint.config),
                 trust_remote_code=compute.trust_remote_code,
+                output_loading_info=True,
                 **experts,
             )
-    except (OSError, ValueError, RuntimeError) as e:
-        raise CheckpointError(f"{checkpoint.path} does not load: {str(e).splitlines()[0]}") from e
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as e:
+        refused = own_code and not compute.trust_remote_code
+        hint = "; code that comes with a model runs with --trust-remote-code only"
+        said = f"{checkpoint.path} does not load: {_first_line(e)}{hint if refused else ''}"
+        raise CheckpointError(said) from e
+    lacking = sorted({*told["missing_keys"], *(k for k, *_ in told["mismatched_keys"])})
+    if lacking:  # transformers fills these in at random
+        raise CheckpointError(f"{checkpoint.path} lacks {lacking[0]} ({len(lacking)} missing)")
     if skip:
         online.set_skip(loaded, True)
     return loaded.to(device).eval()
@@ -107,11 +136,19 @@ def load(model: str | Path, compute: Compute, *, skip: bool = False) -> Any:
 def tokenizer_of(path: Path) -> Any:
     """The tokenizer beside a model. Raises CheckpointError where there is none."""
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as e:
+        with quiet():
+            found = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as e:
         raise CheckpointError(
-            f"{path} has no tokenizer that loads ({str(e).splitlines()[0]})"
+            f"{path} has no tokenizer that loads ({_first_line(e)}); fetch it again"
         ) from e
+    if len(found) < 16:  # without its files transformers makes an empty one
+        raise CheckpointError(f"{path} has no tokenizer; fetch its files, such as tokenizer.json")
+    return found
+
+
+def _first_line(e: Exception) -> str:
+    return next(iter(str(e).splitlines()), type(e).__name__)
 
 
 def ticker(progress: Progress, what: str, steps: int) -> Callable[[], None]:

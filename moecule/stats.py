@@ -89,9 +89,8 @@ def histogram(
     """Sums of `weight` (or counts) of values in [0, 1], in BINS equal bins; 1 falls in the last."""
     at = (value * BINS).long().clamp(0, BINS - 1)
     add = torch.ones_like(value) if weight is None else weight
-    return torch.zeros(BINS, dtype=torch.float64, device=value.device).index_add_(
-        0, at, add.double()
-    )
+    # on the CPU the order of the sum is fixed; of nothing, bincount makes integers
+    return at.cpu().bincount(add.double().cpu(), minlength=BINS).double()
 
 
 def save_stats(stats: Stats, folder: Path, meta: Mapping[str, Any]) -> None:

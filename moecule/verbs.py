@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,37 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from moecule.apply import apply_plan
-from moecule.budget import Inventory, parse_size, within
+from moecule.apply import Applied, apply_plan
+from moecule.budget import Inventory, within
 from moecule.calibrate import collect
 from moecule.checkpoint import Writer, check_out, move_into
-from moecule.data import Sampling, batches, read_texts, sample_windows, tokens_digest, window_length
-from moecule.errors import OutputError, PlanError, RecipeError
-from moecule.folder import PROBE_TOKENS, verify, write_config
+from moecule.data import (
+    Sampling,
+    batches,
+    check_tokens,
+    read_texts,
+    sample_windows,
+    tokens_digest,
+    window_length,
+)
+from moecule.errors import CheckpointError, DataError, OutputError, PlanError, RecipeError
+from moecule.folder import PROBE_TOKENS, partial_of, remains, verify, write_config, write_text
 from moecule.hf import Streamed
 from moecule.inventory import take_inventory
 from moecule.method import load_method
 from moecule.plan import Keep, Plan, Skip
+from moecule.recipe import Ask as Ask  # the request is part of what the verbs take
 from moecule.recipe import Recipe, load_recipe, part_of
-from moecule.session import ASSETS, Compute, Progress, silent, stream, ticker, tokenizer_of
+from moecule.session import (
+    ASSETS,
+    Compute,
+    Progress,
+    open_checkpoint,
+    silent,
+    stream,
+    ticker,
+    tokenizer_of,
+)
 from moecule.stats import COUNT, load_stats, save_stats, stats_digest
 
 AUTO = Compute()
@@ -37,7 +54,10 @@ def calibration_windows(
     """Of the user's text, or of the text that comes with the package."""
     length = window_length(streamed.model.config, sampling.length)
     texts = read_texts(data or ASSETS / "text" / "calibration.jsonl")
-    return sample_windows(tokenizer_of(streamed.checkpoint.path), texts, sampling, length)
+    tokenizer = tokenizer_of(streamed.checkpoint.path)
+    windows = sample_windows(tokenizer, texts, sampling, length)
+    check_tokens(windows, streamed.model.config)
+    return windows
 
 
 def calibrate(
@@ -54,6 +74,9 @@ def calibrate(
     Does nothing where `out` holds the same already. Raises OutputError where it holds other things.
     """
     chosen, out = _recipe(recipe), Path(out)
+    done = (out / "meta.json").is_file()
+    if not done:
+        check_out(out, set())
     streamed = stream(model, compute)
     windows = calibration_windows(streamed, data, chosen.data)
     needs = (COUNT, *(s for s in chosen.needs() if s != COUNT))
@@ -65,8 +88,8 @@ def calibrate(
         "dtype": str(streamed.model.dtype).removeprefix("torch."),
         "statistics": sorted(s.name for s in needs),
     }
-    if out.exists() and any(out.iterdir()):
-        _, meta = load_stats(out)
+    if done:
+        meta = _read_stats(out)[1]
         differing = [k for k, v in inputs.items() if meta.get(k) != v]
         if not differing:
             return out
@@ -78,17 +101,18 @@ def calibrate(
     steps = layers * (2 if any(s.backward for s in needs) else 1)
     tick = ticker(progress, "calibrate", steps)
     sums = collect(streamed, batches(windows, chosen.data.batch), needs, tick)
+    _check_finite(sums, str(model), "it is damaged, or needs a wider dtype (--dtype float32)")
     meta = inputs | {
         "model": str(model),
         "layers": sorted(sums),
         "inventory": take_inventory(streamed).as_dict(),
     }
-    partial = _partial(out)
-    save_stats(sums, partial, meta)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
+    with partial_of(out) as partial:
+        save_stats(sums, partial, meta)
+        if out.is_dir():  # empty; it stays, for someone may stand in it
+            move_into(partial, out)
+        else:
+            partial.replace(out)
     return out
 
 
@@ -96,33 +120,26 @@ def _recipe(recipe: str | Recipe) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
 
 
-def _partial(out: Path) -> Path:
-    """A folder beside `out` to write in; what an earlier run left there is gone."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    return partial
+def _check_finite(sums: Mapping[int, Mapping[str, Tensor]], where: str, mend: str) -> None:
+    """Raise DataError: a layer's output may be finite where what follows from it is not."""
+    for layer, of in sums.items():
+        for name, value in of.items():
+            if not torch.isfinite(value).all():
+                raise DataError(f"{where}: {name} of layer {layer} is NaN or Inf; {mend}")
 
 
-@dataclass(frozen=True)
-class Ask:
-    """How small: mean code bits of the experts, or true bytes; one of them, or the recipe's bits."""
-
-    bits: float | None = None
-    size: str | int | None = None  # of the whole checkpoint
-    fit: str | int | None = None  # of the checkpoint and a KV cache of `context` tokens
-    context: int = 4096
-
-    def size_bytes(self, inventory: Inventory) -> int | None:
-        """The bytes to keep within, if the user gave any. Raises RecipeError for two wishes at once."""
-        if sum(x is not None for x in (self.bits, self.size, self.fit)) > 1:
-            raise RecipeError("give one of bits, size and fit")
-        if self.size is not None:
-            return parse_size(self.size)
-        if self.fit is not None:
-            cache = inventory.kv_bytes_per_token * min(self.context, inventory.max_position)
-            return parse_size(self.fit) - cache
-        return None
+def _read_stats(folder: Path) -> tuple[dict[int, dict[str, Tensor]], dict[str, Any], Inventory]:
+    """(stats, meta, the model's inventory). Raises DataError where the folder is damaged."""
+    try:
+        sums, meta = load_stats(folder)
+        inventory = Inventory.from_dict(meta["inventory"])
+        whole = all(set(of) == {*meta["statistics"]} for of in sums.values())
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as e:
+        raise DataError(f"{folder} is damaged ({e!r}); remove it and calibrate again") from e
+    if not whole or set(inventory.experts) != set(sums):
+        raise DataError(f"{folder} lacks statistics of some layer; remove it and calibrate again")
+    _check_finite(sums, str(folder), "remove it and calibrate again")
+    return sums, meta, inventory
 
 
 NO_WISH = Ask()
@@ -140,22 +157,24 @@ def plan(
     Raises RecipeError for a budget that cannot be met or statistics that lack what is read.
     """
     chosen = _recipe(recipe)
-    sums, meta = load_stats(Path(stats))
-    inventory = Inventory.from_dict(meta["inventory"])
+    sums, meta, inventory = _read_stats(Path(stats))
     lacking = sorted({s.name for s in chosen.needs()} - set(meta["statistics"]))
     if lacking:
         raise RecipeError(
             f"{stats} has no {', '.join(lacking)}, which recipe {chosen.name} reads; "
             f"calibrate again with --recipe {chosen.name}"
         )
+    ask.check(chosen, inventory)
     method = load_method(chosen.allocate.method, "allocate")
     assert method.allocate is not None  # load_method saw to it
     allocate = method.allocate
     made_by = {
         "recipe": chosen.name,
         "allocate": chosen.allocate.as_dict(),
+        "encode": chosen.encode.as_dict(),
+        "rest": {part: str(keep) for part, keep in chosen.rest.items()},
         "skip": chosen.skip.as_dict() if chosen.skip else None,
-        "budget": _wish(ask, chosen),
+        "budget": ask.text(chosen),
         "stats": stats_digest(Path(stats)),
     }
     skip = _skip(chosen, sums)
@@ -179,16 +198,8 @@ def plan(
         else within(make, inventory, size, whole=method.whole_bits)
     )
     if out is not None:
-        _write_text(Path(out), made.dumps())
+        write_text(Path(out), made.dumps())
     return made
-
-
-def _wish(ask: Ask, recipe: Recipe) -> str:
-    if ask.size is not None:
-        return f"size {ask.size}"
-    if ask.fit is not None:
-        return f"fit {ask.fit}, {ask.context} tokens"
-    return f"{ask.bits if ask.bits is not None else recipe.bits:g} bits"
 
 
 def _skip(recipe: Recipe, sums: Any) -> Skip | None:
@@ -198,13 +209,6 @@ def _skip(recipe: Recipe, sums: Any) -> Skip | None:
     assert method.thresholds is not None  # load_method saw to it
     thresholds, protect = method.thresholds(sums, recipe.skip.options)
     return Skip(thresholds, protect)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.rename(path)
 
 
 def read_plan(path: str | Path) -> Plan:
@@ -231,30 +235,33 @@ def apply(
     things, VerifyError where the written checkpoint does not compute what it should.
     """
     out = Path(out)
-    check_out(out, {"stats", "plan.yaml"})
     chosen = plan if isinstance(plan, Plan) else read_plan(plan)
     encode = part_of("plan, encode", chosen.encode, "encode")
+    check_out(out, remains(out, open_checkpoint(model).path))
     streamed = stream(model, compute)
     windows = calibration_windows(streamed, data, sampling)
     tick = ticker(progress, "apply", len(streamed.base.layers))
-    partial = _partial(out)
-    writer = Writer(partial)
-    try:
+    with partial_of(out) as partial:
+        writer = Writer(partial)
         done = apply_plan(streamed, chosen, encode, batches(windows, sampling.batch), writer, tick)
         writer.close()
         write_config(partial, streamed.checkpoint, streamed.family, chosen, done)
-        n = min(PROBE_TOKENS, windows.shape[1])
-        with torch.no_grad(), tempfile.TemporaryDirectory() as scratch:
-            logits = streamed.logits(done.hidden[0][:1, :n])
-            verify(
-                partial,
-                windows[:1, :n],
-                logits,
-                streamed.model.dtype,
-                streamed.device,
-                Path(scratch),
-            )
+        _verify(streamed, done, windows, partial)
+        (out / "result.json").unlink(missing_ok=True)  # of what lay there before
         move_into(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return out
+
+
+def _verify(streamed: Streamed, done: Applied, windows: Int[Tensor, "N S"], folder: Path) -> None:
+    """Compare what `folder` computes, opened afresh, with the logits of the walk."""
+    n = min(PROBE_TOKENS, windows.shape[1])
+    with torch.no_grad(), tempfile.TemporaryDirectory() as scratch:
+        logits = streamed.logits(done.hidden[0][:1, :n])
+        if not torch.isfinite(logits).all():
+            raise CheckpointError(
+                f"{streamed.checkpoint.path}, compressed, gives NaN or Inf on this text; it is "
+                "damaged, or needs a wider dtype (--dtype float32) or more bits"
+            )
+        verify(
+            folder, windows[:1, :n], logits, streamed.model.dtype, streamed.device, Path(scratch)
+        )

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+
+# before moecule, whose import under jaxtyping's hook would compile all of these anew
+import transformers.core_model_loading
+import transformers.generation
+import transformers.integrations.moe
+import transformers.quantizers  # noqa: F401
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from moecule.apply import Applied, apply_plan
+from moecule.checkpoint import SHARD_BYTES, Checkpoint, Writer
+from moecule.folder import write_config
+from moecule.hf import Streamed, open_model
+from moecule.plan import REST, Fate, Keep, Plan, Skip
+from moecule.recipe import part_of
 
 BASE = {
     "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16,
@@ -38,6 +54,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"num_experts": 8, "shared_expert_intermediate_size": 24, "decoder_sparse_step": 1},
     "qwen3_moe": {"num_experts": 8, "norm_topk_prob": True, "decoder_sparse_step": 1},
 }  # fmt: skip
+VOCABULARY = 300  # room for every byte and the special tokens
 
 
 def make(name: str, **changes: Any) -> Any:
@@ -55,14 +72,87 @@ def make(name: str, **changes: Any) -> Any:
     return model
 
 
-def save(name: str, folder: Path, **changes: Any) -> Any:
+def save(name: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """Save such a model in its family's own format, and return it."""
-    model = make(name, **changes)
+    model = make(name, **changes).to(dtype)
     model.save_pretrained(folder)
     return model
 
 
-def tokens(n: int = 1, seed: int = 0, shape: tuple[int, int] = (2, 20)) -> list[torch.Tensor]:
+def save_tokenizer(folder: Path) -> None:
+    """A tokenizer that any text passes through: a token a byte; id 0 ends a text and pads."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<end>": 0} | {letter: i for i, letter in enumerate(alphabet, 1)}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<end>", pad_token="<end>"
+    ).save_pretrained(folder)
+
+
+def tokens(n: int = 1, seed: int = 0, shape: tuple[int, int] = (2, 20)) -> list[Tensor]:
     """n batches of random token ids."""
     g = torch.Generator().manual_seed(seed)
     return [torch.randint(1, 64, shape, generator=g) for _ in range(n)]
+
+
+def stream(folder: Path, dtype: torch.dtype = torch.float32) -> Streamed:
+    """The checkpoint, to walk through."""
+    streamed = open_model(Checkpoint.open(folder), dtype, torch.device("cpu"))
+    if dtype == torch.float64:  # torch's grouped product has no float64
+        streamed.model.set_experts_implementation("eager")
+    return streamed
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32, **how: Any) -> Any:
+    """The checkpoint as transformers loads it."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **how).eval()
+
+
+@torch.no_grad()
+def logits(model: Any, batch: Tensor, **how: Any) -> Tensor:
+    """Of one whole pass."""
+    out: Tensor = model(batch, use_cache=False, **how).logits
+    return out
+
+
+def moe_layers(streamed: Streamed) -> dict[int, int]:
+    """{layer with a MoE block: how many experts it has}."""
+    moes = {i: streamed.moe(i) for i in range(len(streamed.base.layers))}
+    return {i: moe.experts.num_experts for i, moe in moes.items() if moe is not None}
+
+
+def plan(
+    streamed: Streamed,
+    fate: Callable[[int, int], Fate],
+    *,
+    rest: Mapping[str, Keep] | None = None,
+    encode: str = "rtn",
+    skip: Skip | None = None,
+) -> Plan:
+    """fate(layer, expert) for every expert; all of the rest stays but what `rest` says."""
+    sizes = moe_layers(streamed)
+    return Plan(
+        model="tiny",
+        digest=streamed.checkpoint.digest,
+        layers={i: tuple(fate(i, e) for e in range(n)) for i, n in sizes.items()},
+        rest=dict.fromkeys(REST, Keep()) | dict(rest or {}),
+        encode={"method": encode},
+        skip=skip,
+    )
+
+
+def write(
+    streamed: Streamed,
+    made: Plan,
+    out: Path,
+    batches: Sequence[Tensor],
+    shard_bytes: int = SHARD_BYTES,
+) -> Applied:
+    """Carry the plan out into `out`, as moecule.apply does but for the check in a fresh process."""
+    writer = Writer(out, shard_bytes)
+    done = apply_plan(streamed, made, part_of("plan", made.encode, "encode"), batches, writer)
+    writer.close()
+    write_config(out, streamed.checkpoint, streamed.family, made, done)
+    return done

@@ -3,17 +3,20 @@
 Huang et al., "Mixture Compressor for Mixture-of-Experts LLMs Gains More", 2024,
 arXiv:2410.06270; the ratio rule is that of Lu et al. 2024, arXiv:2402.14800.
 
-    run the expert of rank r  unless  w_r / w_0 < mu_{layer, r}  and the token is not protected
+    run the expert of rank r > 0  unless  w_r / w_0 < mu_layer  and the token is not protected
     protected: the 2 % of a prompt's tokens with the largest  |t|_1 * attention received
 
-mu is the median of the ratio over the calibration text, one a rank (the paper's models are
-top-2). Kept coefficients are scaled back to the sum they had, where the family renormalises.
+mu is the median of the ratio over the calibration text. Kept coefficients are scaled back to the
+sum they had, where the family renormalises.
 
 Differences from the paper:
 - Attention received sums over the queries that come after a token, divided by their number; the
   authors' code sums over keys, which is always 1. It is computed block by block, so no T x T
   matrix is held and the model may use any attention implementation.
-- The layers to prune are those of least measured damage; theirs come from a hard-coded list.
+- The paper's models are top-2; with more experts a token mu is the median over all of the tail,
+  so that a layer gives up half of its tail, the lightest half.
+- The layers to prune are those of least measured damage, as many as it takes to leave out `rate`
+  of the pairs (20 of 32 for Mixtral-8x7B); theirs come from a hard-coded list.
 - rule = "damage" picks one threshold a layer so that `rate` of the pairs go at least total
   damage; damage is the change of the layer's output from leaving out one pair, squared, over the
   hidden states' squared norm ("hidden"), or through the gradient of the loss ("fisher").
@@ -37,11 +40,10 @@ from moecule.stats import BINS, HIDDEN_SQ, Seen, Statistic, Stats, histogram
 
 @dataclass(frozen=True)
 class Options:
-    """Defaults are the paper's, with the authors' 20 layers of 32."""
+    """Defaults are the paper's."""
 
     rule: Literal["median", "damage"] = "median"
-    layers: float = 0.625  # rule "median": the share of layers to prune, those of least damage
-    rate: float = 0.16  # rule "damage": the share of all (token, expert) pairs to leave out
+    rate: float = 0.15  # share of all (token, expert) pairs to leave out, at least
     protect: float = 0.02
     damage: Literal["hidden", "fisher"] = "hidden"
 
@@ -96,40 +98,44 @@ def thresholds(stats: Stats, options: Options) -> tuple[dict[int, tuple[float, .
     if options.damage == "hidden":
         harm = {i: h / stats[i]["hidden_sq"] for i, h in harm.items()}
     if options.rule == "median":
-        return _medians(pairs, harm, options.layers), options.protect
+        return _medians(pairs, harm, options), options.protect
     return _least_damage(pairs, harm, options), options.protect
 
 
 def _medians(
-    pairs: Mapping[int, Tensor], harm: Mapping[int, Tensor], share: float
+    pairs: Mapping[int, Tensor], harm: Mapping[int, Tensor], options: Options
 ) -> dict[int, tuple[float, ...]]:
-    cut = {i: [_median_bin(row) for row in p[1:]] for i, p in pairs.items()}
-    loss = {
-        i: sum(float(harm[i][r + 1, :b].sum()) for r, b in enumerate(bins))
-        for i, bins in cut.items()
-    }
-    chosen = sorted(loss, key=lambda i: (loss[i], i))[: int(share * len(loss))]
-    return {i: tuple(b / BINS for b in cut[i]) for i in sorted(chosen)}
+    """Layers of least damage, cut at their median, until the rate is reached."""
+    cut = {i: int((_below(p)[1:] <= p[1:].sum() / 2).sum()) for i, p in pairs.items()}
+    loss = {i: float(_below(harm[i])[b]) for i, b in cut.items()}
+    wanted = _wanted(pairs, options)
+    chosen: list[int] = []
+    for i in sorted(loss, key=lambda i: (loss[i], i)):
+        if sum(float(_below(pairs[c])[cut[c]]) for c in chosen) >= wanted:
+            break
+        chosen.append(i)
+    return {i: (cut[i] / BINS,) * (len(pairs[i]) - 1) for i in sorted(chosen)}
 
 
-def _median_bin(row: Float64[Tensor, " bins"]) -> int:
-    """Bins below the median: their pairs are at most half of all."""
-    return int((row.cumsum(0) <= row.sum() / 2).sum())
+def _wanted(pairs: Mapping[int, Tensor], options: Options) -> float:
+    """Pairs to leave out among tokens that are not protected. Raises RecipeError for too many."""
+    wanted = options.rate / (1 - options.protect) * sum(float(p.sum()) for p in pairs.values())
+    most = sum(float(p[1:].sum()) for p in pairs.values())
+    if wanted > most:
+        raise RecipeError(
+            f"a rate of {options.rate:g} leaves out first experts too; the most is "
+            f"{most / wanted * options.rate:.3f}"
+        )
+    return wanted
 
 
 def _least_damage(
     pairs: Mapping[int, Tensor], harm: Mapping[int, Tensor], options: Options
 ) -> dict[int, tuple[float, ...]]:
     """One threshold a layer: bins are bought by damage a pair until the rate is reached."""
-    wanted = options.rate / (1 - options.protect) * sum(float(p.sum()) for p in pairs.values())
+    wanted = _wanted(pairs, options)
     n = {i: _below(p) for i, p in pairs.items()}
     d = {i: _below(h) for i, h in harm.items()}
-    most = sum(float(c[-1]) for c in n.values())
-    if wanted > most:
-        raise RecipeError(
-            f"a rate of {options.rate:g} leaves out first experts too; the most is "
-            f"{most / wanted * options.rate:.3f}"
-        )
     low, high = 0.0, 1.0 + max(float(t[-1]) for t in d.values())
     for _ in range(200):  # the price of a pair at which layers together give up `wanted`
         price = (low + high) / 2

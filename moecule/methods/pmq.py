@@ -83,8 +83,8 @@ def trial(options: Options) -> Statistic:
 
 
 def _batch_norms(seen: Seen, miss: Float[Tensor, "t H"]) -> Float[Tensor, ""]:
-    squares = torch.zeros(int(seen.batch.max()) + 1 if len(miss) else 1, dtype=torch.float64)
-    return squares.to(miss).index_add_(0, seen.batch, miss.square().sum(-1)).sqrt().sum()
+    # on the CPU the order of the sum is fixed
+    return seen.batch.cpu().bincount(miss.square().sum(-1).cpu()).sqrt().sum()
 
 
 def _fisher(seen: Seen, miss: Float[Tensor, "t H"]) -> Float[Tensor, ""]:
@@ -98,9 +98,9 @@ def needs(options: Options) -> tuple[Statistic, ...]:
 
 
 def solve(
-    count: Sequence[float] | Tensor,
-    mass: Sequence[float] | Tensor,
-    error: Sequence[Sequence[float]] | Tensor,
+    count: Sequence[float] | Costs | Tensor,
+    mass: Sequence[float] | Costs | Tensor,
+    error: Sequence[Sequence[float]] | Costs | Tensor,
     total: int,
     bits: tuple[int, ...] = (1, 2, 3),
     alpha: float = 1.0,
@@ -121,9 +121,9 @@ def solve(
 
 
 def costs(
-    count: Sequence[float] | Tensor,
-    mass: Sequence[float] | Tensor,
-    error: Sequence[Sequence[float]] | Tensor,
+    count: Sequence[float] | Costs | Tensor,
+    mass: Sequence[float] | Costs | Tensor,
+    error: Sequence[Sequence[float]] | Costs | Tensor,
     alpha: float,
     beta: float,
     gamma: float,

@@ -1,0 +1,55 @@
+"""Fixtures for all tests: tiny checkpoints made once a session, and what tests may skip."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers
+from hypothesis import settings
+
+SHARED = Path(__file__).parents[2] / "shared"  # beside the repository, not in it
+
+# the same examples every time, and no clock: machines are slow in turns
+settings.register_profile("same", derandomize=True, deadline=None, database=None, max_examples=60)
+settings.load_profile("same")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _silent() -> None:
+    """One thread, so that sums come in one order; no bars and no advice from transformers."""
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, _silent: None) -> Callable[..., Path]:
+    """checkpoint(name): the folder of that family's tiny model; do not write into it.
+
+    `dtype` is of the files. `tokenizer`: the vocabulary is that of bytes, and its tokenizer is there.
+    """
+    made: dict[tuple[str, torch.dtype, bool], Path] = {}
+
+    def folder(name: str, *, dtype: torch.dtype = torch.float32, tokenizer: bool = False) -> Path:
+        key = (name, dtype, tokenizer)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(name)
+            changes = {"vocab_size": tiny.VOCABULARY} if tokenizer else {}
+            tiny.save(name, made[key], dtype, **changes)
+            if tokenizer:
+                tiny.save_tokenizer(made[key])
+        return made[key]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of models and data beside the repository; a test that needs it is skipped without."""
+    if not SHARED.is_dir():
+        pytest.skip(f"there is no {SHARED}, whose data this test reads")
+    return SHARED
