@@ -88,7 +88,7 @@ class Plan:
     def loads(text: str) -> Plan:
         """The plan that `dumps` wrote or a person edited. Raises PlanError, naming the place."""
         try:
-            doc = yaml.safe_load(text)
+            doc = yaml.load(text, _OneKeyOnce)
         except yaml.YAMLError as e:
             raise PlanError(f"plan: not YAML: {' '.join(str(e).split())}") from e
         wanted = {"model", "digest", "made_by", "encode", "rest", "layers"}
@@ -114,6 +114,18 @@ class Plan:
             skip=_skip(doc["skip"]) if "skip" in doc else None,
             made_by=doc["made_by"],
         )
+
+
+class _OneKeyOnce(yaml.SafeLoader):
+    """YAML that refuses a key given twice; PyYAML lets the last one win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = sorted({str(k) for k in keys if keys.count(k) > 1})
+        if twice:
+            line = node.start_mark.line + 1
+            raise PlanError(f"plan: {twice[0]!r} stands twice in the table of line {line}; keep one")
+        return super().construct_mapping(node, deep)
 
 
 def _spaced(skip: Skip) -> dict[int, str]:

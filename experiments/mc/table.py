@@ -37,9 +37,9 @@ HEAD = """# MC at equal bytes: the whole table
 (as one line each; the calibration text of these numbers was the first 3000 lines of the file)
 
 Calibrated on 128 x 512 tokens of train text; loss on held-out text of six domains in windows of
-512, 128 windows a domain, float32. Attention at 4 bits in every row (the last table: experts only). Groups of 64
-columns, but for `mc_paper`, which has the authors' 128 and so fewer true bits. `random` is the mean
-of three draws.
+512, 128 windows a domain, float32. Attention at 4 bits in every row (the last table: experts only).
+Groups of 64 columns, but for `mc_paper`, which has the authors' 128 and so fewer true bits.
+`random` is the mean of three draws.
 """
 
 
