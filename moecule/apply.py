@@ -67,6 +67,10 @@ def check_plan(plan: Plan, streamed: Streamed) -> None:
         raise PlanError(
             f"plan: skip names layers {sorted(plan.skip.thresholds)}, of {sorted(moes)}"
         )
+    for i, limits in (plan.skip.thresholds if plan.skip else {}).items():
+        tail = moes[i].router.top_k - 1
+        if len(limits) != tail:
+            raise PlanError(f"plan: skip: layer {i} has {len(limits)} thresholds, wanted {tail}")
 
 
 def _check_groups(plan: Plan, streamed: Streamed, layer: int, n: int, kept: Sequence[int]) -> None:

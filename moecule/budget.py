@@ -151,7 +151,11 @@ def within(
         return sum(bytes_by_part(inventory, plans[k]).values()) if works(k) else 0
 
     steps = range(step, 8 * step + 1)
-    least, most = next(filter(works, steps)), next(filter(works, reversed(steps)))
+    least = next(filter(works, steps), None)
+    if least is None:
+        make(8.0)  # says why
+        raise RecipeError("no width of 1 to 8 bits works with this recipe; widen its bit set")
+    most = next(filter(works, reversed(steps)), least)
     if size(least) > size_bytes:
         raise RecipeError(
             f"{format_size(size_bytes)} cannot be met; the least that this recipe makes is "

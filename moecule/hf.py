@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -168,15 +169,15 @@ def skeleton(
     family = load_family(config["moecule"]["model_type"] if packed else config["model_type"])
     try:
         settings = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
-    except (ValueError, TypeError, KeyError) as e:
+        with torch.device("meta"), quiet():
+            model = AutoModelForCausalLM.from_config(
+                settings, dtype=dtype, experts_implementation="grouped_mm"
+            )
+    except (ValueError, TypeError, KeyError, RuntimeError, StrictDataclassError) as e:
         raise CheckpointError(
             f"{checkpoint.path / 'config.json'} is not a config of {family.model_type}: "
-            f"{str(e).splitlines()[0]}"
+            f"{' '.join(str(e).split())}; fetch it again"
         ) from e
-    with torch.device("meta"), quiet():
-        model = AutoModelForCausalLM.from_config(
-            settings, dtype=dtype, experts_implementation="grouped_mm"
-        )
     model.eval().requires_grad_(False)
     if not any(find_moe(layer, family) for layer in model.base_model.layers):
         raise CheckpointError(

@@ -49,9 +49,7 @@ def load_method(name: str, part: str) -> Method:
         if getattr(method, part) is not None:
             return method
     having = [n for n in known if getattr(load_all()[n], part) is not None]
-    raise RecipeError(
-        f"{part} = {name!r} is not a method that can {part}; there are {', '.join(having)}"
-    )
+    raise RecipeError(f"method {name!r} has no {part}; those that have are {', '.join(having)}")
 
 
 def load_all() -> dict[str, Method]:

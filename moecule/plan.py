@@ -124,7 +124,9 @@ class _OneKeyOnce(yaml.SafeLoader):
         twice = sorted({str(k) for k in keys if keys.count(k) > 1})
         if twice:
             line = node.start_mark.line + 1
-            raise PlanError(f"plan: {twice[0]!r} stands twice in the table of line {line}; keep one")
+            raise PlanError(
+                f"plan: {twice[0]!r} stands twice in the table of line {line}; keep one"
+            )
         return super().construct_mapping(node, deep)
 
 

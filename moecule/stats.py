@@ -111,7 +111,7 @@ def load_stats(folder: Path) -> tuple[dict[int, dict[str, Tensor]], dict[str, An
     try:
         meta = json.loads((folder / "meta.json").read_text())
         layers = {int(p.stem[6:]): load_file(p) for p in sorted(folder.glob("layer_*.safetensors"))}
-    except (json.JSONDecodeError, SafetensorError) as e:
+    except (ValueError, SafetensorError) as e:
         raise DataError(f"{folder} is damaged ({e}); remove it and calibrate again") from e
     if sorted(layers) != meta["layers"]:
         raise DataError(

@@ -162,6 +162,7 @@ def test_evaluate_needs_no_original(model, text):
     assert list(found["by_file"]) == ["text.txt"]
     code, out, _ = run("evaluate", model, "--text", text, "--length", "32")
     assert code == 0 and f"{found['loss_nats']:.4f}" in out
+    assert "no skip rule" in refused(text.parent, "evaluate", model, "--text", text, "--skip")
 
 
 def test_generate_prints_what_the_function_returns(model):
@@ -261,7 +262,7 @@ def test_a_gpu_that_is_not_there_is_refused(model, tmp_path):
         ("data = 3", r"\[data\]: found 3, wanted a table"),
         ("rest = {zoo = 4}", r"\[rest\]: unknown key 'zoo'; known are attention"),
         ("skip = 3", r"\[skip\] names no method"),
-        ("skip = {method = 'rtn'}", "is not a method that can thresholds; there are odp"),
+        ("skip = {method = 'rtn'}", "method 'rtn' has no thresholds; those that have are odp"),
     ],
 )
 def test_a_slip_in_a_recipe_file_is_named(stats, tmp_path, toml, said):

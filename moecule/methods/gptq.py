@@ -42,6 +42,11 @@ class Options:
     act_order: bool = False
     feedback: Literal["column", "block"] = "column"
 
+    def __post_init__(self) -> None:
+        """Raises RecipeError for damping that would make a Hessian worse."""
+        if not 0 < self.damp <= 1:
+            raise RecipeError(f"gptq: damp = {self.damp:g}, wanted above 0 and at most 1")
+
 
 def encode(
     w: Float[Tensor, "E M N"],

@@ -47,6 +47,12 @@ class Options:
     protect: float = 0.02
     damage: Literal["hidden", "fisher"] = "hidden"
 
+    def __post_init__(self) -> None:
+        """Raises RecipeError for shares that are none."""
+        for name, value in (("rate", self.rate), ("protect", self.protect)):
+            if not 0 <= value < 1:
+                raise RecipeError(f"odp: {name} = {value:g}, wanted a share from 0 to below 1")
+
 
 def change(seen: Seen) -> Float[Tensor, "t H"]:
     """What leaving out this expert alone changes in the layer's output, token by token."""
