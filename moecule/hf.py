@@ -179,9 +179,15 @@ def skeleton(
             f"{' '.join(str(e).split())}; fetch it again"
         ) from e
     model.eval().requires_grad_(False)
-    if not any(find_moe(layer, family) for layer in model.base_model.layers):
+    moes = [m for layer in model.base_model.layers if (m := find_moe(layer, family))]
+    if not moes:
         raise CheckpointError(
             f"{checkpoint.path} has no MoE layer; there are no experts to compress"
+        )
+    if any(m.router.top_k > m.experts.num_experts for m in moes):
+        raise CheckpointError(
+            f"{checkpoint.path / 'config.json'} has {moes[0].experts.num_experts} experts and picks "
+            f"{moes[0].router.top_k} a token; fetch it again"
         )
     return model, family
 

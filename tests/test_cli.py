@@ -228,8 +228,14 @@ def test_what_cannot_be_generated_is_refused(model, tmp_path, args, said):
         (["--set", "foo=1"], "unknown key 'foo'; known are .*bits"),
         (["--set", "encode.foo=1"], "\\[encode\\]: unknown key 'foo'; known are .*damp"),
         (["--set", "encode.damp=x"], "\\[encode\\] damp = 'x', wanted a number"),
-        (["--set", "encode.method=nope"], "encode = 'nope' is not a method .* there are .*gptq"),
-        (["--set", "allocate.method=rtn"], "allocate = 'rtn' is not a method .* there are .*pmq"),
+        (
+            ["--set", "encode.method=nope"],
+            "method 'nope' has no encode; those that have are .*gptq",
+        ),
+        (
+            ["--set", "allocate.method=rtn"],
+            "method 'rtn' has no allocate; those that have are .*pmq",
+        ),
         (["--set", "allocate.bits=[true, 2]"], "wanted different widths of 1 to 8 bits"),
         (["--set", "rest.attention=9"], "attention = 9, wanted 1 to 8 bits, or 16"),
         (["--set", "data.seed=true"], "seed = True, wanted a whole number"),
