@@ -97,7 +97,7 @@ def seen_by(
     )
     ratio, total = coef / coef.amax(-1, keepdim=True), coef.sum(-1)
     experts = experts_of(moe.experts)
-    renormalised = streamed.family.is_renormalised(streamed.checkpoint.config)
+    renormalised = streamed.family.is_renormalised(streamed.model.config.to_dict())
     for e in range(len(experts)):
         t, k = torch.where(idx == e)
         act = experts[e].act(x[t].detach())

@@ -179,6 +179,7 @@ def skeleton(
             f"{' '.join(str(e).split())}; fetch it again"
         ) from e
     model.eval().requires_grad_(False)
+    choose_experts(model)
     moes = [m for layer in model.base_model.layers if (m := find_moe(layer, family))]
     if not moes:
         raise CheckpointError(
@@ -190,6 +191,17 @@ def skeleton(
             f"{moes[0].router.top_k} a token; fetch it again"
         )
     return model, family
+
+
+def choose_experts(model: Any) -> None:
+    """Run experts by grouped_mm, or one by one where torch's kernel cannot take their width."""
+    widths = [
+        p.shape[-1] * p.element_size()
+        for n, p in model.named_parameters()
+        if n.endswith(("gate_up_proj", "down_proj"))
+    ]
+    if any(w % 16 for w in widths):  # bytes; torch wants rows to begin at multiples of 16
+        model.set_experts_implementation("eager")
 
 
 def names_in_memory(model: Any, checkpoint: Checkpoint) -> dict[str, list[str]]:

@@ -14,7 +14,7 @@ from moecule import online
 from moecule.checkpoint import Checkpoint
 from moecule.errors import CheckpointError, RecipeError
 from moecule.family import load_family
-from moecule.hf import PACKED, Streamed, open_model, quiet
+from moecule.hf import PACKED, Streamed, choose_experts, open_model, quiet
 
 Progress = Callable[[str, int, int], None]  # (what is done, steps done, of how many)
 ASSETS = Path(__file__).parent / "assets"
@@ -128,6 +128,8 @@ def load(model: str | Path, compute: Compute, *, skip: bool = False) -> Any:
     lacking = sorted({*told["missing_keys"], *(k for k, *_ in told["mismatched_keys"])})
     if lacking:  # transformers fills these in at random
         raise CheckpointError(f"{checkpoint.path} lacks {lacking[0]} ({len(lacking)} missing)")
+    if checkpoint.config["model_type"] != PACKED:
+        choose_experts(loaded)
     if skip:
         online.set_skip(loaded, True)
     return loaded.to(device).eval()
