@@ -261,8 +261,14 @@ PLANS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "odd fate": (layer({"lose": "0-7"}), "cannot read 'lose'; wanted keep, keep 3bit g64, or drop"),
     "missing layer": (lambda d: d["layers"].pop(1), r"layers \[0, 2\], .* are \[0, 1, 2\]"),
     "dropped attention": (lambda d: d["rest"].update(attention="drop"), "only experts can be drop"),
-    "unknown method": (lambda d: d.update(encode={"method": "x"}), "encode = 'x' is not a method"),
-    "no encoder": (lambda d: d.update(encode={"method": "pmq"}), "not a method that can encode"),
+    "unknown method": (
+        lambda d: d.update(encode={"method": "x"}),
+        "method 'x' has no encode; those that have are .*gptq",
+    ),
+    "no encoder": (
+        lambda d: d.update(encode={"method": "pmq"}),
+        "method 'pmq' has no encode; those that have are .*gptq",
+    ),
     "unknown option": (
         lambda d: d["encode"].update(x=1),
         "encode: unknown key 'x'; known are clip",
