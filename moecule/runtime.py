@@ -306,7 +306,12 @@ def _classes(base: Any) -> tuple[Any, Any]:
     if base not in _made:
         model_base = MODEL_FOR_CAUSAL_LM_MAPPING[base]
         config = type(base.__name__, (base,), {"model_type": MODEL_TYPE, "expert_skip": False})
-        model = type(model_base.__name__, (model_base,), {"config_class": config})
+        # transformers reads a class's source file to know these; ours would say no
+        answers = {
+            "_can_set_experts_implementation": model_base._can_set_experts_implementation,
+            "_can_set_attn_implementation": model_base._can_set_attn_implementation,
+        }
+        model = type(model_base.__name__, (model_base,), {"config_class": config, **answers})
         for made in (config, model):
             made.__module__ = __name__
         AutoModelForCausalLM.register(config, model, exist_ok=True)

@@ -12,8 +12,9 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
-from moecule import experts_run, set_skip
+from moecule import experts_run, runtime, set_skip
 from moecule.errors import PlanError
 from moecule.family import load_family
 from moecule.hf import find_moe
@@ -232,3 +233,11 @@ def test_a_rule_with_a_threshold_too_many_is_refused(checkpoint, tmp_path):
     with pytest.raises(PlanError, match="layer 1 has 2 thresholds, wanted 1"):
         tiny.write(streamed, plan, tmp_path / "out", tiny.tokens(1))
         tiny.load(tmp_path / "out")
+
+
+def test_a_packed_class_answers_as_its_family_does():
+    # transformers keeps the answer on the class that was asked first; ask the packed one alone
+    base = type(AutoConfig.for_model("qwen3_moe"))
+    made = runtime._classes(base)[1]
+    assert "_can_set_experts_implementation" in vars(made)
+    assert made._can_set_experts_implementation() and made._can_set_attn_implementation()
