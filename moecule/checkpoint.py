@@ -1,4 +1,4 @@
-"""A checkpoint on disk: safetensors in, safetensors out.
+"""A checkpoint on disk.
 
 Opening reads headers only. Pickled weights are refused: they run code when opened.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,10 +15,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from moecule.errors import CheckpointError, OutputError
+from moecule.errors import CheckpointError
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -27,7 +25,6 @@ DTYPES = {
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 INDEX = "model.safetensors.index.json"
-SHARD_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -200,73 +197,3 @@ def _is_entry(entry: Any) -> bool:
     if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
         return False
     return all(isinstance(n, int) and n >= 0 for n in shape + offsets)
-
-
-class Writer:
-    """Writes tensors in shards into `folder`; `close` names the shards and writes the index."""
-
-    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-        folder.mkdir(parents=True)
-        self.folder, self.shard_bytes = folder, shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._shards: list[dict[str, int]] = []  # {name: bytes} of each shard written
-
-    def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take tensors; full shards go to disk at once."""
-        for name, tensor in tensors.items():
-            size = tensor.numel() * tensor.element_size()
-            if self._pending and self._bytes() + size > self.shard_bytes:
-                self._flush()
-            self._pending[name] = tensor.detach().cpu().contiguous()
-
-    def _bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self._pending.values())
-
-    def _flush(self) -> None:
-        file = self.folder / f"shard-{len(self._shards) + 1:05d}.safetensors"
-        save_file(dict(sorted(self._pending.items())), file, metadata={"format": "pt"})
-        self._shards.append(
-            {n: t.numel() * t.element_size() for n, t in sorted(self._pending.items())}
-        )
-        self._pending = {}
-
-    def close(self) -> int:
-        """Finish, and return the bytes of all tensors."""
-        self._flush()
-        total = sum(size for shard in self._shards for size in shard.values())
-        weight_map: dict[str, str] = {}
-        for i, shard in enumerate(self._shards):
-            one = len(self._shards) == 1
-            name = "model" if one else f"model-{i + 1:05d}-of-{len(self._shards):05d}"
-            os.replace(
-                self.folder / f"shard-{i + 1:05d}.safetensors", self.folder / f"{name}.safetensors"
-            )
-            weight_map |= dict.fromkeys(shard, f"{name}.safetensors")
-        if len(self._shards) > 1:
-            index = {
-                "metadata": {"total_size": total},
-                "weight_map": dict(sorted(weight_map.items())),
-            }
-            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        return total
-
-
-def move_into(partial: Path, out: Path) -> None:
-    """Put a finished folder in place: config.json last, so that a half-moved one does not load."""
-    out.mkdir(parents=True, exist_ok=True)
-    files = sorted(partial.iterdir(), key=lambda p: (p.name == "config.json", p.name))
-    for file in files:
-        os.replace(file, out / file.name)
-    partial.rmdir()
-
-
-def check_out(out: Path, allowed: set[str]) -> None:
-    """Raise OutputError where `out` cannot be made or holds anything but `allowed`."""
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file; name a folder that does not exist yet")
-    there = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise OutputError(f"{out} cannot be made: {there} is no folder to write in; name another")
-    foreign = sorted(p.name for p in out.iterdir() if p.name not in allowed) if out.is_dir() else []
-    if foreign:
-        raise OutputError(f"{out} already holds {', '.join(foreign[:4])}; name another folder")

@@ -229,7 +229,7 @@ def evaluate(
 ) -> None:
     """Measure loss, size and speed."""
     from moecule.evaluate import evaluate as run
-    from moecule.folder import write_text
+    from moecule.files import write_text
 
     with _bar() as progress:
         before, after = run(

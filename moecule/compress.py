@@ -10,14 +10,15 @@ from pathlib import Path
 
 import torch
 
-from moecule.checkpoint import check_out
 from moecule.errors import OutputError
 from moecule.evaluate import Result, evaluate, evaluation_windows, load_result
-from moecule.folder import remains, write_text
+from moecule.files import write_text
+from moecule.folder import remains
 from moecule.inventory import take_inventory
 from moecule.recipe import Ask, Recipe, load_recipe
 from moecule.session import Compute, Progress, open_checkpoint, silent, stream
 from moecule.verbs import AUTO, NO_WISH, apply, calibrate, plan, read_plan
+from moecule.writer import check_out
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,12 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -24,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from moecule import runtime
 from moecule.apply import Applied, is_stock
 from moecule.checkpoint import INDEX, Checkpoint
-from moecule.errors import OutputError, VerifyError
+from moecule.errors import VerifyError
 from moecule.family import Family
 from moecule.plan import Keep, Plan
 
@@ -37,45 +35,6 @@ from moecule.runtime import MoeculeConfig, MoeculeForCausalLM
 PROBE_TOKENS = 256
 # of ||difference|| / ||logits||: the same arithmetic in another batch, by the dtype's rounding
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-
-
-@contextmanager
-def partial_of(out: Path) -> Iterator[Path]:
-    """A name beside `out` to write under; what an earlier run left there is gone.
-
-    Nothing of it stays when the work fails, and no folder that was made on the way to it.
-    Raises OutputError where safetensors cannot write: it has an error of its own for a full disk.
-    """
-    out = out.resolve()  # "." has no name to write beside
-    made = [p for p in out.parents if not p.exists()]
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _remove(partial)
-        yield partial
-    except SafetensorError as e:
-        raise OutputError(f"{out} cannot be written: {e}") from e
-    finally:
-        _remove(partial)
-        for folder in made:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    elif path.parent.is_dir():
-        path.unlink(missing_ok=True)
-
-
-def write_text(file: Path, text: str) -> None:
-    """All of it or nothing. Raises OutputError where `file` is a folder."""
-    if file.is_dir():
-        raise OutputError(f"{file} is a folder; name a file")
-    with partial_of(file) as partial:
-        partial.write_text(text)
-        partial.replace(file)
 
 
 def side_files(source: Path) -> list[Path]:

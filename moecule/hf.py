@@ -7,13 +7,14 @@ module says of itself how its weights lie. So there is no table of names here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -29,20 +30,12 @@ from transformers.utils import logging as hf_logging
 
 from moecule.checkpoint import Checkpoint
 from moecule.errors import CheckpointError
-from moecule.experts import Experts
 from moecule.family import Family, load_family
+from moecule.moe import Moe, find_layers, find_moe
+from moecule.ranks import SOLO, Ranks
+from moecule.record import Batch, logits
 
 PACKED = "moecule"  # the model_type of what this package writes
-
-
-@dataclass(frozen=True)
-class Moe:
-    """The modules of one layer's MoE block."""
-
-    name: str  # of the block inside its layer: "mlp"
-    block: nn.Module
-    experts: Any  # a transformers experts module
-    router: Any
 
 
 @dataclass
@@ -55,27 +48,61 @@ class Streamed:
     device: torch.device
     disk: dict[str, list[str]]  # {name in memory: names on disk that make it}
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # on disk, by name in memory
+    ranks: Ranks = SOLO
+    _reader: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    _ahead: dict[int, Future[dict[str, Tensor]]] = field(default_factory=dict)  # by layer
 
     @property
-    def base(self) -> Any:
-        """The model without its head."""
-        return self.model.base_model
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers."""
+        return find_layers(self.model)[1]
 
     @property
     def prefix(self) -> str:
         """What the names of decoder layers begin with."""
-        return f"{self.model.base_model_prefix}.layers."
+        return f"{find_layers(self.model)[0]}."
 
     def load(self, names: Sequence[str]) -> None:
         """Read tensors, by their names in memory, into the model.
 
         Raises CheckpointError where one holds NaN or Inf, or does not fit its place.
         """
-        wanted = sorted({d for n in names for d in self.disk[n]})
-        tensors = self.checkpoint.read(wanted)
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise CheckpointError(f"{name} holds NaN or Inf; the checkpoint is damaged")
+        self._put(self._read(names), names)
+
+    def check_whole(self) -> None:
+        """Raise CheckpointError where the checkpoint lacks a tensor of the model."""
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        left = [n for n in self.model.state_dict() if n not in self.disk and n not in tied]
+        if left:
+            raise CheckpointError(
+                f"{self.checkpoint.path} lacks what makes {left[0]} ({len(left)} missing)"
+            )
+
+    def load_outer(self) -> None:
+        """All that lies outside the decoder layers."""
+        self.load(self.outer_names())
+        self.model.tie_weights()
+        _rebuild_buffers(self.model, self.model, self.device)
+
+    def load_layer(self, i: int, then: int | None = None) -> nn.Module:
+        """Decoder layer i, with its weights; layer `then` is read while this one is at work."""
+        names = self.layer_names(i)
+        ahead = self._ahead.pop(i, None)
+        self._put(ahead.result() if ahead else self._read(names), names)
+        self._ahead.clear()  # what was read ahead for nothing
+        if then is not None:
+            self._ahead[then] = self._reader.submit(self._read, self.layer_names(then))
+        layer: nn.Module = self.layers[i]
+        _rebuild_buffers(self.model, layer, self.device)
+        return layer
+
+    def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        tensors = self.checkpoint.read(sorted({d for n in names for d in self.disk[n]}))
+        # a mapped file is read when it is touched: touch it here, beside the computation
+        own = Tensor.pin_memory if self.device.type == "cuda" else Tensor.clone
+        return {n: t if t.is_cuda else own(t) for n, t in tensors.items()}
+
+    def _put(self, tensors: dict[str, Tensor], names: Sequence[str]) -> None:
         mapping = get_model_conversion_mapping(self.model)
         how = LoadStateDictConfig(
             device_map={"": self.device}, dtype=self.model.dtype, weight_mapping=mapping
@@ -90,12 +117,17 @@ class Streamed:
         missing = [n for n in names if n in info.missing_keys]
         if missing:
             raise CheckpointError(f"{self.checkpoint.path} lacks what makes {missing[0]}")
+        self._check_finite(names)
 
-    def load_layer(self, i: int) -> nn.Module:
-        """Decoder layer i, with its weights."""
-        self.load(self.layer_names(i))
-        layer: nn.Module = self.base.layers[i]
-        return layer
+    def _check_finite(self, names: Sequence[str]) -> None:
+        floats = {n: t for n in names if (t := get_tensor(self.model, n)).is_floating_point()}
+        # NaN and Inf live on in a sum, which needs no copy of the tensor
+        sums = [t.sum(dtype=torch.float64) for t in floats.values()]
+        fine = torch.stack(sums).isfinite().tolist() if sums else []
+        for made_of in (self.disk[n] for n, ok in zip(floats, fine, strict=True) if not ok):
+            read = self.checkpoint.read(made_of)
+            bad = [d for d, t in read.items() if not t.double().sum().isfinite()]
+            raise CheckpointError(f"{bad[0]} holds NaN or Inf; the checkpoint is damaged")
 
     def layer_names(self, i: int) -> list[str]:
         """Names in memory of the tensors of layer i."""
@@ -107,12 +139,11 @@ class Streamed:
 
     def moe(self, i: int) -> Moe | None:
         """The MoE block of layer i, or None where the layer is dense."""
-        return find_moe(self.base.layers[i], self.family)
+        return find_moe(self.layers[i], self.family)
 
-    def logits(self, hidden: Float[Tensor, "B S H"]) -> Float[Tensor, "B S V"]:
-        """Of the last layer's output, in float32: the norm and the head."""
-        out: Tensor = self.model.get_output_embeddings()(self.base.norm(hidden)).float()
-        return out
+    def logits(self, hidden: Float[Tensor, "B S H"], batch: Batch) -> Float[Tensor, "B S V"]:
+        """Of the last layer's output for `batch`, in float32."""
+        return logits(self.model, hidden, batch)
 
     def to_disk(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors by their names in memory -> by the family's names on disk, in the disk's dtype."""
@@ -146,14 +177,9 @@ def open_model(
     disk = names_in_memory(model, checkpoint)
     dtypes = {n: checkpoint.tensors[d[0]].dtype for n, d in disk.items()}
     streamed = Streamed(checkpoint, family, model, device, disk, dtypes)
-    if empty:
-        return streamed
-    streamed.load(streamed.outer_names())
-    model.tie_weights()
-    _rebuild_buffers(model, device)
-    left = [n for n, t in model.state_dict().items() if t.is_meta and n not in disk]
-    if left:
-        raise CheckpointError(f"{checkpoint.path} lacks what makes {left[0]} ({len(left)} missing)")
+    streamed.check_whole()
+    if not empty:
+        streamed.load_outer()
     return streamed
 
 
@@ -180,11 +206,7 @@ def skeleton(
         ) from e
     model.eval().requires_grad_(False)
     choose_experts(model)
-    moes = [m for layer in model.base_model.layers if (m := find_moe(layer, family))]
-    if not moes:
-        raise CheckpointError(
-            f"{checkpoint.path} has no MoE layer; there are no experts to compress"
-        )
+    moes = [m for layer in find_layers(model)[1] if (m := find_moe(layer, family))]
     if any(m.router.top_k > m.experts.num_experts for m in moes):
         raise CheckpointError(
             f"{checkpoint.path / 'config.json'} has {moes[0].experts.num_experts} experts and picks "
@@ -218,136 +240,22 @@ def names_in_memory(model: Any, checkpoint: Checkpoint) -> dict[str, list[str]]:
     return out
 
 
-def _rebuild_buffers(model: Any, device: torch.device) -> None:
-    """Compute anew the buffers that no checkpoint holds, such as rotary frequencies."""
-    for module in model.modules():
-        meta = [n for n in module._non_persistent_buffers_set if module._buffers[n].is_meta]
-        for name in meta:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
+def get_tensor(model: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer by its full name."""
+    module, _, leaf = name.rpartition(".")
+    found: Tensor = getattr(model.get_submodule(module), leaf)
+    return found
+
+
+def _rebuild_buffers(model: Any, part: nn.Module, device: torch.device) -> None:
+    """Compute anew the buffers of `part` that no checkpoint holds, such as rotary frequencies."""
+    for module in part.modules():
+        buffers = {n: module._buffers[n] for n in module._non_persistent_buffers_set}
+        meta = {n: b for n, b in buffers.items() if b is not None and b.is_meta}
+        for name, buffer in meta.items():
+            module._buffers[name] = torch.empty_like(buffer, device=device)
         if meta:
             model._init_weights(module)
-
-
-def find_moe(layer: nn.Module, family: Family) -> Moe | None:
-    """The MoE block in a decoder layer. Raises CheckpointError for experts that are not served."""
-    for name, module in layer.named_modules():
-        if "is_concatenated" not in vars(module):  # set by transformers on experts modules alone
-            continue
-        experts: Any = module
-        parent, _, _ = name.rpartition(".")
-        block = layer.get_submodule(parent)
-        # has_post_expert_norm came with transformers 5.2x
-        if vars(module).get("has_post_expert_norm") or not experts.has_gate:
-            raise CheckpointError(
-                f"{type(experts).__name__} is not served: no gate, or a norm inside"
-            )
-        return Moe(parent, block, experts, block.get_submodule(family.router))
-    return None
-
-
-def experts_of(module: Any) -> Experts:
-    """A module's weights as `Experts`: views, not copies."""
-    up, down = module.gate_up_proj.data, module.down_proj.data
-    if module.is_transposed:
-        up, down = up.mT, down.mT
-    biases = (module.gate_up_proj_bias.data, module.down_proj_bias.data) if module.has_bias else ()
-    return Experts(up, down, module._apply_gate, *biases)
-
-
-def put_experts(module: Any, experts: Experts) -> None:
-    """Overwrite a module's matrices, whose number may have changed. Biases too."""
-    up, down = experts.gate_up, experts.down
-    if module.is_transposed:
-        up, down = up.mT.contiguous(), down.mT.contiguous()
-    module.gate_up_proj = nn.Parameter(up, requires_grad=False)
-    module.down_proj = nn.Parameter(down, requires_grad=False)
-    if experts.gate_up_bias is not None and experts.down_bias is not None:
-        module.gate_up_proj_bias = nn.Parameter(experts.gate_up_bias, requires_grad=False)
-        module.down_proj_bias = nn.Parameter(experts.down_bias, requires_grad=False)
-    module.num_experts = len(experts)
-
-
-def select_experts(moe: Moe, kept: Sequence[int], n_experts: int) -> None:
-    """Cut the router, and its bias, to the experts `kept`, in place."""
-    at = list(kept)
-    for name, tensor in [*moe.router.named_parameters(), *moe.router.named_buffers()]:
-        if tensor.shape[0] == n_experts:
-            cut = tensor.data[at].contiguous() if not tensor.is_meta else tensor.data[: len(at)]
-            if name in moe.router._buffers:
-                moe.router._buffers[name] = cut
-            else:
-                setattr(moe.router, name, nn.Parameter(cut, requires_grad=False))
-    moe.router.num_experts = len(at)
-
-
-@dataclass
-class Heard:
-    """What a MoE block's experts and router were given, batch after batch."""
-
-    x: list[Float[Tensor, "T H"]] = field(default_factory=list)
-    idx: list[Int[Tensor, "T K"]] = field(default_factory=list)
-    coef: list[Float[Tensor, "T K"]] = field(default_factory=list)
-    routed: list[Float[Tensor, "T H"]] = field(default_factory=list)
-    logits: list[Float[Tensor, "T E"]] = field(default_factory=list)
-
-
-@contextmanager
-def listening(moe: Moe) -> Iterator[Heard]:
-    """Within, every pass through the block is noted. The routing is the model's own, never re-derived."""
-    heard = Heard()
-
-    def on_experts(
-        module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Tensor
-    ) -> None:
-        x, idx, coef = (*args, *kwargs.values())
-        heard.x.append(x)
-        heard.idx.append(idx)
-        heard.coef.append(coef.float())
-        heard.routed.append(out)
-
-    def on_router(module: Any, args: Any, out: tuple[Tensor, Tensor, Tensor]) -> None:
-        heard.logits.append(out[0].float())
-
-    handles = [
-        moe.experts.register_forward_hook(on_experts, with_kwargs=True),
-        moe.router.register_forward_hook(on_router),
-    ]
-    try:
-        yield heard
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _Recorder(nn.Module):
-    """Stands in for a decoder layer: notes how it is called, lets hidden states by."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        object.__setattr__(self, "_layer", layer)
-
-    def __getattr__(self, name: str) -> Any:  # models ask layers for e.g. attention_type
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(object.__getattribute__(self, "_layer"), name)
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.calls.append((args, kwargs))
-        return hidden
-
-
-@contextmanager
-def recorded(base: Any) -> Iterator[list[_Recorder]]:
-    """Within, base(tokens) embeds them and notes each layer's masks, but computes no layer."""
-    layers, norm = base.layers, base.norm
-    base.layers = nn.ModuleList(_Recorder(layer) for layer in layers)
-    base.norm = nn.Identity()
-    try:
-        yield list(base.layers)
-    finally:
-        base.layers, base.norm = layers, norm
 
 
 @contextmanager

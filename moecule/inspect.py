@@ -9,8 +9,9 @@ import torch
 
 from moecule.budget import Inventory, bytes_by_part, format_size
 from moecule.data import window_length
-from moecule.hf import PACKED, Streamed, experts_of, find_moe, skeleton
+from moecule.hf import PACKED, Streamed, skeleton
 from moecule.inventory import take_inventory, weigh
+from moecule.moe import experts_of, find_layers, find_moe
 from moecule.plan import Keep, Plan
 from moecule.recipe import Recipe, load_recipe
 from moecule.session import Compute, open_checkpoint, stream
@@ -43,7 +44,7 @@ def inspect(
     """Read headers and shapes only. Raises CheckpointError for what is no MoE checkpoint."""
     checkpoint = open_checkpoint(model)
     whole, family = skeleton(checkpoint, torch.bfloat16)
-    layers = whole.base_model.layers
+    layers = find_layers(whole)[1]
     moes = [m for layer in layers if (m := find_moe(layer, family))]
     places = {n: t.numel() for n, t in whole.state_dict().items()}
     tied = sum(places[n] for n in getattr(whole, "all_tied_weights_keys", {}))
@@ -113,10 +114,10 @@ def memory_needs(inventory: Inventory, recipe: Recipe, streamed: Streamed) -> tu
     tokens = recipe.data.samples * window_length(streamed.model.config, recipe.data.length)
     state = tokens * config.hidden_size * item
     backward = any(s.backward for s in recipe.needs())
-    kept = len(streamed.base.layers) + 3 if backward else 4
+    kept = len(streamed.layers) + 3 if backward else 4
     widest = max(inventory.experts.values(), key=lambda e: e.n * e.weights)
     grams = 4 * widest.n * (widest.gate_up[1] ** 2 + widest.down[1] ** 2)
-    top_k = next(m.router.top_k for i in range(len(streamed.base.layers)) if (m := streamed.moe(i)))
+    top_k = next(m.router.top_k for i in range(len(streamed.layers)) if (m := streamed.moe(i)))
     heard = tokens * (2 * config.hidden_size * item + 4 * (widest.n + 2 * top_k))
     layer = 3 * widest.n * widest.weights * item + sum(
         w.shape[0] * w.shape[1] * item

@@ -10,7 +10,8 @@ from torch import nn
 from moecule.budget import Inventory, LayerExperts, Weight
 from moecule.checkpoint import Checkpoint
 from moecule.family import Family
-from moecule.hf import PACKED, Moe, Streamed, experts_of, find_moe, names_in_memory, skeleton
+from moecule.hf import PACKED, Streamed, names_in_memory, skeleton
+from moecule.moe import Moe, experts_of, find_layers, find_moe
 from moecule.plan import REST
 
 PARTS = ("experts", *REST, "embeddings", "other")
@@ -18,7 +19,7 @@ PARTS = ("experts", *REST, "embeddings", "other")
 
 def rest_parts(model: Any, family: Family, i: int) -> dict[str, str]:
     """{module in layer i: attention, shared, dense or router}: its weights but the experts."""
-    layers = model.base_model.layers
+    layers = find_layers(model)[1]
     moe = find_moe(layers[i], family)
     blocks = {m.name for layer in layers if (m := find_moe(layer, family))}
     out = {}
@@ -43,7 +44,7 @@ def take_inventory(streamed: Streamed) -> Inventory:
     places = dict(model.state_dict())
     experts: dict[int, LayerExperts] = {}
     weights: dict[str, Weight] = {}
-    for i in range(len(streamed.base.layers)):
+    for i in range(len(streamed.layers)):
         prefix = f"{streamed.prefix}{i}."
         for name, part in rest_parts(model, family, i).items():
             full = f"{prefix}{name}.weight"
@@ -61,7 +62,7 @@ def take_inventory(streamed: Streamed) -> Inventory:
         embedding_bytes=sum(size for n, size in disk.items() if part_of[n] == "embeddings"),
         other_bytes=other,
         other_weights=sum(places[n].numel() for n in disk if n not in inside),
-        kv_bytes_per_token=_kv_bytes(model.config.get_text_config(), len(streamed.base.layers)),
+        kv_bytes_per_token=_kv_bytes(model.config.get_text_config(), len(streamed.layers)),
         max_position=int(getattr(model.config.get_text_config(), "max_position_embeddings", 2048)),
     )
 
@@ -88,12 +89,12 @@ def _layer_experts(
 
 def part_of_tensor(name: str, model: Any, family: Family) -> str:
     """The part, of PARTS, that a tensor belongs to; names are as in memory."""
-    prefix = f"{model.base_model_prefix}.layers."
+    prefix = f"{find_layers(model)[0]}."
     module, _, leaf = name.rpartition(".")
     if not name.startswith(prefix):
         return "embeddings" if "embed" in module or module.endswith("lm_head") else "other"
     number, _, inside = module.removeprefix(prefix).partition(".")
-    moe = find_moe(model.base_model.layers[int(number)], family)
+    moe = find_moe(find_layers(model)[1][int(number)], family)
     if moe is not None and f"{inside}.".startswith(f"{moe.name}.experts."):
         return "experts"
     if moe is not None and inside == f"{moe.name}.{family.router}":
@@ -140,7 +141,7 @@ def _nominal(checkpoint: Checkpoint, model: Any, family: Family) -> float:
     """Mean code bits over all experts that the original has; dropped ones count as 0."""
     widths = checkpoint.config["quantization_config"]["experts"]
     bits = sum(int(w.partition("g")[0]) for layer in widths.values() for w in layer.split())
-    moes = [m for layer in model.base_model.layers if (m := find_moe(layer, family))]
+    moes = [m for layer in find_layers(model)[1] if (m := find_moe(layer, family))]
     return float(bits / sum(m.experts.num_experts for m in moes))
 
 

@@ -19,8 +19,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moecule.errors import PlanError
 from moecule.family import Family
-from moecule.hf import find_moe
 from moecule.methods import odp
+from moecule.moe import find_layers, find_moe
 
 PREFIX = "moecule_"
 
@@ -70,7 +70,7 @@ def attach(model: Any, family: Family, settings: dict[str, Any]) -> None:
     """Give every MoE layer its rule, switched off. Settings: protect, {layer: thresholds}."""
     switch = Switch()
     renormalised = family.is_renormalised(model.config.to_dict())
-    for i, layer in enumerate(model.base_model.layers):
+    for i, layer in enumerate(find_layers(model)[1]):
         moe = find_moe(layer, family)
         if moe is None:
             continue

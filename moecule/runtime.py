@@ -28,7 +28,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from moecule import online
 from moecule.experts import Experts
 from moecule.family import load_family
-from moecule.hf import find_moe, select_experts
+from moecule.moe import find_layers, find_moe, select_experts
 from moecule.packed import Packed, words_per_row
 from moecule.plan import Keep
 
@@ -232,6 +232,25 @@ def keep_from(text: str) -> Keep:
     return Keep(int(bits), int(group or 0))
 
 
+def prepare_model(model: Any, config: PackedConfig) -> None:
+    """Give a whole model on the meta device room for packed weights, and its skip rule if any."""
+    family = load_family(model.config.moecule["model_type"])
+    layers = find_layers(model)[1]
+    with torch.device("meta"):
+        for i, widths in config.experts.items():
+            moe = find_moe(layers[int(i)], family)
+            assert moe is not None  # the writer named only MoE layers
+            keeps = [keep_from(w) for w in widths.split()]
+            if len(keeps) < moe.experts.num_experts:
+                select_experts(moe, range(len(keeps)), moe.experts.num_experts)
+            prepare_experts(moe.experts, keeps)
+        for name, width in config.weights.items():
+            prepare_weight(model.get_submodule(name), keep_from(width))
+    model.config._experts_implementation = MODEL_TYPE
+    if config.skip is not None:
+        online.attach(model, family, config.skip)
+
+
 @register_quantizer(MODEL_TYPE)
 class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     """Swaps weights for codes before transformers loads them."""
@@ -239,20 +258,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        config, family = self.quantization_config, load_family(model.config.moecule["model_type"])
-        with torch.device("meta"):
-            for i, widths in config.experts.items():
-                moe = find_moe(model.base_model.layers[int(i)], family)
-                assert moe is not None  # the writer named only MoE layers
-                keeps = [keep_from(w) for w in widths.split()]
-                if len(keeps) < moe.experts.num_experts:
-                    select_experts(moe, range(len(keeps)), moe.experts.num_experts)
-                prepare_experts(moe.experts, keeps)
-            for name, width in config.weights.items():
-                prepare_weight(model.get_submodule(name), keep_from(width))
-        model.config._experts_implementation = MODEL_TYPE
-        if config.skip is not None:
-            online.attach(model, family, config.skip)
+        prepare_model(model, self.quantization_config)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moecule import online
+from moecule.budget import format_size
 from moecule.checkpoint import Checkpoint
-from moecule.errors import CheckpointError, RecipeError
+from moecule.errors import CheckpointError, OutputError, RecipeError
 from moecule.family import load_family
-from moecule.hf import PACKED, Streamed, choose_experts, open_model, quiet
+from moecule.hf import (
+    PACKED,
+    Streamed,
+    choose_experts,
+    names_in_memory,
+    open_model,
+    quiet,
+    skeleton,
+)
+from moecule.journal import Trail
+from moecule.ranks import SOLO, Ranks
+from moecule.runtime import PackedConfig, prepare_model
+from moecule.states import Place, choose_place
 
 Progress = Callable[[str, int, int], None]  # (what is done, steps done, of how many)
 ASSETS = Path(__file__).parent / "assets"
 QUANTISED = "quantization_config"  # transformers' key
+DISK_SHARE = 0.8  # of what is free, for hidden states
 EMBEDDED = "embedded"  # names the small model that comes with the package
 
 
@@ -33,6 +50,8 @@ class Compute:
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
+    states: Literal["auto"] | Place = "auto"  # where hidden states lie; auto: as there is room
+    ranks: Ranks = SOLO
 
     def torch_device(self) -> torch.device:
         """Raises RecipeError for a device that is not there."""
@@ -92,11 +111,55 @@ def stream(model: str | Path, compute: Compute, *, empty: bool = False) -> Strea
         trust_remote_code=compute.trust_remote_code,
         empty=empty,
     )
-    tied = getattr(streamed.model, "all_tied_weights_keys", {})
-    left = [n for n in streamed.model.state_dict() if n not in streamed.disk and n not in tied]
-    if left:
-        raise CheckpointError(f"{checkpoint.path} lacks what makes {left[0]} ({len(left)} missing)")
+    streamed.ranks = compute.ranks
     return streamed
+
+
+def stream_any(model: str | Path, compute: Compute, *, skip: bool = False) -> Streamed:
+    """As `stream`, and a compressed model too, to be run. `skip`: with the online skipping saved in it.
+
+    Raises CheckpointError where it does not load, PlanError for skipping that it does not have.
+    """
+    checkpoint = open_checkpoint(model)
+    if checkpoint.config["model_type"] == PACKED:
+        dtype = compute.torch_dtype(checkpoint.config)
+        net, family = skeleton(checkpoint, dtype)
+        prepare_model(net, PackedConfig(**checkpoint.config[QUANTISED]))
+        disk = names_in_memory(net, checkpoint)
+        dtypes = {n: checkpoint.tensors[d[0]].dtype for n, d in disk.items()}
+        device = compute.torch_device()
+        streamed = Streamed(checkpoint, family, net, device, disk, dtypes, compute.ranks)
+        streamed.check_whole()
+        streamed.load_outer()
+    else:
+        streamed = stream(model, compute)
+    if skip:
+        online.set_skip(streamed.model, True)
+    return streamed
+
+
+def trail_of(
+    streamed: Streamed, windows: Int[Tensor, "N S"], compute: Compute, copies: int, folder: Path
+) -> Trail:
+    """Where a walk over `windows` keeps its hidden states, `copies` of them at most; no journal.
+
+    Raises OutputError where they must go to disk and there is no room in `folder`.
+    """
+    width = streamed.model.config.get_text_config().hidden_size * streamed.model.dtype.itemsize
+    size = -(-windows.numel() // compute.ranks.size) * width
+    place = compute.states
+    if place == "auto":
+        place = choose_place(size, copies, streamed.device)
+    place = compute.ranks.share(place, 0)
+    free, want = shutil.disk_usage(folder).free, size * copies * compute.ranks.size
+    if want <= DISK_SHARE * free:
+        return Trail(place, folder / f"rank_{compute.ranks.rank}")
+    if place == "disk":
+        raise OutputError(
+            f"{folder} has {format_size(free)} left, and hidden states take {format_size(want)}; "
+            "make room, or calibrate on fewer or shorter windows (--samples, --length)"
+        )
+    return Trail(place)
 
 
 def load(model: str | Path, compute: Compute, *, skip: bool = False) -> Any:

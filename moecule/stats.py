@@ -16,18 +16,19 @@ from typing import Any
 import torch
 from jaxtyping import Float, Float64, Int
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from moecule.errors import DataError
 from moecule.experts import Expert
+from moecule.files import save_whole
 
 BINS = 256  # of every histogram over [0, 1]
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What one expert saw and said over the calibration text. t of the T tokens came to it."""
+    """What one expert saw and said in one batch of the calibration text: t of its T tokens."""
 
     x: Float[Tensor, "t H"]  # its input
     coef: Float[Tensor, " t"]  # the weight its output gets in the layer's sum
@@ -35,7 +36,6 @@ class Seen:
     ratio: Float[Tensor, " t"]  # coef over the token's largest coef
     rank: Int[Tensor, " t"]  # place among the token's experts by coef, 0 the first
     total: Float[Tensor, " t"]  # sum of the token's coefs
-    batch: Int[Tensor, " t"]  # the calibration batch the token came in
     act: Float[Tensor, "t F"]  # what enters its down projection
     out: Float[Tensor, "t H"]  # its output, before coef
     routed: Float[Tensor, "t H"]  # the layer's routed output for the token, all experts summed
@@ -47,7 +47,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class LayerSeen:
-    """What a decoder layer was given and gave, over the calibration text."""
+    """What a decoder layer was given and gave in one batch."""
 
     hidden: Float[Tensor, "T H"]  # its input
     out: Float[Tensor, "T H"]  # its output, residual included
@@ -55,11 +55,16 @@ class LayerSeen:
 
 @dataclass(frozen=True, eq=False)
 class Statistic:
-    """A named sum over the tokens of an expert, or of a layer. stats/ knows it by its name."""
+    """A named sum over the tokens of an expert, or of a layer. stats/ knows it by its name.
+
+    One of the three functions is given; each says what one batch adds.
+    """
 
     name: str
     of: Callable[[Seen], Tensor] | None = None  # -> [...] for one expert
-    of_layer: Callable[[LayerSeen], Tensor] | None = None  # -> [...] for the layer; one is given
+    of_layer: Callable[[LayerSeen], Tensor] | None = None  # -> [...] for the layer
+    # expert -> such an `of`, for what is made of the expert's weights once and read in every batch
+    of_expert: Callable[[Expert], Callable[[Seen], Tensor]] | None = None
     backward: bool = False  # reads Seen.grad
 
     def __eq__(self, other: object) -> bool:
@@ -83,22 +88,36 @@ LayerStats = Mapping[
 Stats = Mapping[int, LayerStats]  # by layer
 
 
-def histogram(
-    value: Float[Tensor, " t"], weight: Float[Tensor, " t"] | None = None
-) -> Float64[Tensor, " bins"]:
-    """Sums of `weight` (or counts) of values in [0, 1], in BINS equal bins; 1 falls in the last."""
-    at = (value * BINS).long().clamp(0, BINS - 1)
+def histograms(
+    value: Float[Tensor, " t"],
+    row: Int[Tensor, " t"],
+    n: int,
+    weight: Float[Tensor, " t"] | None = None,
+) -> Float64[Tensor, "n bins"]:
+    """Sums of `weight` (or counts) of values in [0, 1], a histogram for each of the n rows.
+
+    BINS equal bins; 1 falls in the last.
+    """
+    at = row * BINS + (value * BINS).long().clamp(0, BINS - 1)
     add = torch.ones_like(value) if weight is None else weight
     # on the CPU the order of the sum is fixed; of nothing, bincount makes integers
-    return at.cpu().bincount(add.double().cpu(), minlength=BINS).double()
+    return at.cpu().bincount(add.double().cpu(), minlength=n * BINS).double().view(n, BINS)
 
 
-def save_stats(stats: Stats, folder: Path, meta: Mapping[str, Any]) -> None:
-    """One safetensors file a layer, and meta.json: the digests of what went in."""
+def save_layer(sums: LayerStats, folder: Path, layer: int) -> None:
+    """One safetensors file, all of it or nothing. Raises OutputError where it cannot be written."""
     folder.mkdir(parents=True, exist_ok=True)
-    for layer, sums in sorted(stats.items()):
-        tensors = {name: t.double().cpu().contiguous() for name, t in sorted(sums.items())}
-        save_file(tensors, folder / f"layer_{layer:04d}.safetensors")
+    tensors = {name: t.double().cpu().contiguous() for name, t in sorted(sums.items())}
+    save_whole(tensors, layer_file(folder, layer))
+
+
+def layer_file(folder: Path, layer: int) -> Path:
+    """Where a layer's sums lie."""
+    return folder / f"layer_{layer:04d}.safetensors"
+
+
+def save_meta(meta: Mapping[str, Any], folder: Path) -> None:
+    """meta.json: the digests of what went in."""
     (folder / "meta.json").write_text(json.dumps(dict(meta), indent=2, sort_keys=True) + "\n")
 
 
@@ -113,9 +132,11 @@ def load_stats(folder: Path) -> tuple[dict[int, dict[str, Tensor]], dict[str, An
         layers = {int(p.stem[6:]): load_file(p) for p in sorted(folder.glob("layer_*.safetensors"))}
     except (ValueError, SafetensorError) as e:
         raise DataError(f"{folder} is damaged ({e}); remove it and calibrate again") from e
-    if sorted(layers) != meta["layers"]:
+    if not isinstance(meta, dict):
+        raise DataError(f"{folder} is damaged (meta.json); remove it and calibrate again")
+    if sorted(layers) != meta.get("layers"):
         raise DataError(
-            f"{folder} holds layers {sorted(layers)} and its meta.json names {meta['layers']}; "
+            f"{folder} holds layers {sorted(layers)} and its meta.json names {meta.get('layers')}; "
             "remove it and calibrate again"
         )
     return layers, meta

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,6 @@ from torch import Tensor
 from moecule.apply import Applied, apply_plan
 from moecule.budget import Inventory, within
 from moecule.calibrate import collect
-from moecule.checkpoint import Writer, check_out, move_into
 from moecule.data import (
     Sampling,
     batches,
@@ -25,9 +26,11 @@ from moecule.data import (
     window_length,
 )
 from moecule.errors import CheckpointError, DataError, OutputError, PlanError, RecipeError
-from moecule.folder import PROBE_TOKENS, partial_of, remains, verify, write_config, write_text
+from moecule.files import write_text
+from moecule.folder import PROBE_TOKENS, remains, verify, write_config
 from moecule.hf import Streamed
 from moecule.inventory import take_inventory
+from moecule.journal import HIDDEN, Journal, Trail, journal_of, partial_of
 from moecule.method import load_method
 from moecule.plan import Keep, Plan, Skip
 from moecule.recipe import Ask as Ask  # the request is part of what the verbs take
@@ -41,8 +44,10 @@ from moecule.session import (
     stream,
     ticker,
     tokenizer_of,
+    trail_of,
 )
-from moecule.stats import COUNT, load_stats, save_stats, stats_digest
+from moecule.stats import COUNT, load_stats, save_layer, save_meta, stats_digest
+from moecule.writer import Writer, check_out, move_into
 
 AUTO = Compute()
 DEFAULT_SAMPLING = Sampling()
@@ -71,23 +76,17 @@ def calibrate(
 ) -> Path:
     """Count over the calibration text what the recipe's methods read, into the folder `out`.
 
-    Does nothing where `out` holds the same already. Raises OutputError where it holds other things.
+    Does nothing where `out` holds the same already; goes on where a killed run of the same stopped.
+    Raises OutputError where it holds other things.
     """
-    chosen, out = _recipe(recipe), Path(out)
+    chosen, out, ranks = _recipe(recipe), Path(out), compute.ranks
     done = (out / "meta.json").is_file()
     if not done:
-        check_out(out, set())
+        check_out(out, {p.name for p in out.glob("layer_*")} if _half_moved(out) else set())
     streamed = stream(model, compute)
     windows = calibration_windows(streamed, data, chosen.data)
     needs = (COUNT, *(s for s in chosen.needs() if s != COUNT))
-    inputs = {
-        "digest": streamed.checkpoint.digest,
-        "tokens": tokens_digest(windows),
-        "window": [*windows.shape],
-        "batch": chosen.data.batch,
-        "dtype": str(streamed.model.dtype).removeprefix("torch."),
-        "statistics": sorted(s.name for s in needs),
-    }
+    inputs = _inputs(streamed, windows, chosen.data) | {"statistics": sorted(s.name for s in needs)}
     if done:
         meta = _read_stats(out)[1]
         differing = [k for k, v in inputs.items() if meta.get(k) != v]
@@ -97,23 +96,69 @@ def calibrate(
             f"{out} holds statistics made with another {', '.join(differing)}; name another folder "
             "or remove it"
         )
-    layers = len(streamed.base.layers)
-    steps = layers * (2 if any(s.backward for s in needs) else 1)
-    tick = ticker(progress, "calibrate", steps)
-    sums = collect(streamed, batches(windows, chosen.data.batch), needs, tick)
-    _check_finite(sums, str(model), "it is damaged, or needs a wider dtype (--dtype float32)")
-    meta = inputs | {
-        "model": str(model),
-        "layers": sorted(sums),
-        "inventory": take_inventory(streamed).as_dict(),
-    }
-    with partial_of(out) as partial:
-        save_stats(sums, partial, meta)
-        if out.is_dir():  # empty; it stays, for someone may stand in it
-            move_into(partial, out)
-        else:
-            partial.replace(out)
+    layers, backward = len(streamed.layers), any(s.backward for s in needs)
+    tick = ticker(progress, "calibrate", layers * (2 if backward else 1))
+    mine = ranks.mine(batches(windows, chosen.data.batch))
+    with journal_of(
+        out, {"verb": "calibrate", "processes": ranks.size, **inputs}, ranks
+    ) as journal:
+        made = journal.folder / MADE
+        trail = _trail(streamed, windows, compute, layers + 3 if backward else 3, journal)
+        mend = "it is damaged, or needs a wider dtype (--dtype float32)"
+        for layer, sums in collect(streamed, mine, needs, tick, trail):
+            _check_finite({layer: sums}, str(model), mend)
+            if ranks.is_first:
+                save_layer(sums, made, layer)
+        if ranks.is_first:
+            meta = inputs | {
+                "model": str(model),
+                "layers": [i for i in range(layers) if streamed.moe(i)],
+                "inventory": take_inventory(streamed).as_dict(),
+            }
+            save_meta(meta, made)
+            move_into(made, out)
+        ranks.wait()
     return out
+
+
+MADE = "made"  # in the journal's folder: what is to become the output
+
+
+def _inputs(streamed: Streamed, windows: Int[Tensor, "N S"], sampling: Sampling) -> dict[str, Any]:
+    """What the hidden states of a walk depend on."""
+    n = -(-len(windows) // sampling.batch)
+    if n < streamed.ranks.size:
+        raise DataError(
+            f"{streamed.ranks.size} processes share {n} batches of {sampling.batch} windows; start "
+            f"{n} processes at most, or give more text"
+        )
+    return {
+        "digest": streamed.checkpoint.digest,
+        "tokens": tokens_digest(windows),
+        "window": [*windows.shape],
+        "batch": sampling.batch,
+        "dtype": str(streamed.model.dtype).removeprefix("torch."),
+    }
+
+
+def _half_moved(out: Path) -> bool:
+    """Whether a run was killed while it put its output in place."""
+    return (partial_of(out) / MADE).is_dir()
+
+
+def _trail(
+    streamed: Streamed, windows: Int[Tensor, "N S"], compute: Compute, copies: int, journal: Journal
+) -> Trail:
+    """With the journal, where the disk has room for what a killed run goes on from."""
+    trail = trail_of(streamed, windows, compute, copies, journal.folder)
+    if trail.folder is None:
+        warnings.warn(
+            "the disk has no room to keep hidden states: if this run is killed, the pass over the "
+            "layers begins again",
+            stacklevel=2,
+        )
+        return trail
+    return replace(trail, folder=journal.folder / HIDDEN / trail.folder.name, journal=journal)
 
 
 def _recipe(recipe: str | Recipe) -> Recipe:
@@ -234,29 +279,41 @@ def apply(
     Raises PlanError where the plan does not fit the model, OutputError where `out` holds other
     things, VerifyError where the written checkpoint does not compute what it should.
     """
-    out = Path(out)
+    out, ranks = Path(out), compute.ranks
     chosen = plan if isinstance(plan, Plan) else read_plan(plan)
     encode = part_of("plan, encode", chosen.encode, "encode")
-    check_out(out, remains(out, open_checkpoint(model).path))
+    source = open_checkpoint(model).path
+    moved = {p.name for p in out.glob("*")} if _half_moved(out) else set()
+    check_out(out, remains(out, source) | moved)
     streamed = stream(model, compute)
     windows = calibration_windows(streamed, data, sampling)
-    tick = ticker(progress, "apply", len(streamed.base.layers))
-    with partial_of(out) as partial:
-        writer = Writer(partial)
-        done = apply_plan(streamed, chosen, encode, batches(windows, sampling.batch), writer, tick)
-        writer.close()
-        write_config(partial, streamed.checkpoint, streamed.family, chosen, done)
-        _verify(streamed, done, windows, partial)
-        (out / "result.json").unlink(missing_ok=True)  # of what lay there before
-        move_into(partial, out)
+    inputs = _inputs(streamed, windows, sampling)
+    request = {"verb": "apply", "processes": ranks.size, "plan": chosen.code_digest, **inputs}
+    tick = ticker(progress, "apply", len(streamed.layers))
+    with journal_of(out, request, ranks) as journal:
+        made = journal.folder / MADE
+        if not journal.has("written"):
+            writer, mine = Writer(made), ranks.mine(batches(windows, sampling.batch))
+            trail = _trail(streamed, windows, compute, 3, journal)
+            done = apply_plan(streamed, chosen, encode, mine, writer, tick, trail)
+            if ranks.is_first:
+                writer.close()
+                write_config(made, streamed.checkpoint, streamed.family, chosen, done)
+                _verify(streamed, done, windows, made)
+            journal.add({"done": "written"})
+        if ranks.is_first:
+            (out / "result.json").unlink(missing_ok=True)  # of what lay there before
+            move_into(made, out)
+        ranks.wait()
     return out
 
 
 def _verify(streamed: Streamed, done: Applied, windows: Int[Tensor, "N S"], folder: Path) -> None:
     """Compare what `folder` computes, opened afresh, with the logits of the walk."""
     n = min(PROBE_TOKENS, windows.shape[1])
+    assert done.last is not None  # the walk has come to its end
     with torch.no_grad(), tempfile.TemporaryDirectory() as scratch:
-        logits = streamed.logits(done.hidden[0][:1, :n])
+        logits = streamed.logits(done.last[0][:1, :n], windows[:1, :n])
         if not torch.isfinite(logits).all():
             raise CheckpointError(
                 f"{streamed.checkpoint.path}, compressed, gives NaN or Inf on this text; it is "

@@ -6,17 +6,21 @@ recomputing each layer from the input that was kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from moecule.hf import Streamed, recorded
+from moecule.hf import Streamed
+from moecule.journal import NO_TRAIL, Trail
+from moecule.record import Batch, Call, record, tokens_of
+from moecule.states import States
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+Tick = Callable[[], None]
+Calls = list[list[Call]]  # how the model calls its layers, batch by batch
 
 
 @dataclass
@@ -25,101 +29,168 @@ class Step:
 
     index: int
     layer: nn.Module
-    inputs: list[Float[Tensor, "B S H"]]
-    calls: list[Call]  # how the model calls this layer, batch by batch
-    outputs: list[Float[Tensor, "B S H"]] = field(default_factory=list)
+    inputs: States
+    calls: Calls
+    outputs: States
+    note: dict[str, Any] = field(default_factory=dict)  # for the journal
+
+    def passes(self) -> Iterator[tuple[Float[Tensor, "B S H"], Float[Tensor, "B S H"]]]:
+        """Pass batch after batch, giving (input, output); later layers receive what comes out."""
+        for b in range(len(self.inputs)):
+            x = self.inputs[b]
+            with torch.no_grad():
+                out = self.calls[b][self.index](self.layer, x)
+            self.outputs.append(out)
+            yield x, out
+
+    def run(self) -> None:
+        """Pass all batches."""
+        for _ in self.passes():
+            pass
 
     @torch.no_grad()
-    def run(self) -> None:
-        """Pass all batches. The last run before the walk goes on is what later layers receive."""
-        self.outputs = [self.one(b) for b in range(len(self.inputs))]
+    def listen(self) -> None:
+        """Pass all batches for those who listen; what comes out is forgotten."""
+        for b, x in enumerate(self.inputs):
+            self.calls[b][self.index](self.layer, x)
 
-    def one(self, b: int, hidden: Tensor | None = None) -> Tensor:
-        """The layer's output for batch b, from other hidden states if given."""
-        args, kwargs = self.calls[b]
-        out = self.layer(self.inputs[b] if hidden is None else hidden, *args, **kwargs)
-        found: Tensor = out[0] if isinstance(out, tuple) else out
-        return found
+
+@dataclass(frozen=True)
+class Walked:
+    """What a walk leaves: enough to come down again."""
+
+    last: States  # the last layer's output
+    calls: Calls
+    inputs: dict[int, States]  # of the layers, where they were kept
 
 
 def walk(
     streamed: Streamed,
-    batches: Sequence[Int[Tensor, "B S"]],
-    tick: Callable[[], None] = lambda: None,
-) -> Generator[Step, None, list[Float[Tensor, "B S H"]]]:
-    """Yield each layer as a Step; return the final hidden states, before the last norm.
+    batches: Sequence[Batch],
+    tick: Tick = lambda: None,
+    trail: Trail = NO_TRAIL,
+    *,
+    keep: bool = False,
+) -> Generator[Step, None, Walked]:
+    """Yield each layer as a Step; return what is left, the final hidden states among it.
 
     What the caller does to a layer and then runs, all later layers feel. A step that the caller
-    has not run is run here.
+    has not run is run here. Layers that the trail's journal has are not yielded again. `keep`: the
+    inputs of all layers stay, for `walk_back`.
     """
-    base = streamed.base
-    with recorded(base) as recorders, torch.no_grad():
-        hidden = [base(b.to(streamed.device), use_cache=False).last_hidden_state for b in batches]
-        calls = [r.calls for r in recorders]
-    for i in range(len(calls)):
-        step = Step(i, streamed.load_layer(i), hidden, calls[i])
-        yield step
-        if not step.outputs:
-            step.run()
-        hidden = step.outputs
-        step.layer.to("meta")
+    n, device = len(streamed.layers), streamed.device
+    start, down = trail.done("up"), trail.done("down")
+    embedded, calls = trail.states("up_0000", device), Calls()
+    for batch in batches:
+        hidden, called = record(streamed.model, batch, calls[0] if calls else None)
+        calls.append(called)
+        if start == 0:
+            embedded.append(hidden)
+    # of an earlier run: what is still to be gone through again
+    there = [*(range(min(start, n - down)) if keep else ()), *([start] if down == 0 else [])]
+    found = {i: trail.reopen(f"up_{i:04d}", len(batches), device) for i in there if start > 0}
+    now = found.pop(start, embedded)
+    for _ in range(start):
         tick()
-    return hidden
+    for i in range(start, n):
+        layer = streamed.load_layer(i, then=i + 1 if i + 1 < n else None)
+        step = Step(i, layer, now, calls, trail.states(f"up_{i + 1:04d}", device))
+        yield step
+        if not len(step.outputs):
+            step.run()
+        step.outputs.settle()
+        trail.note({"up": i, **step.note})
+        layer.to("meta")
+        if keep:
+            found[i] = now
+        else:
+            now.drop()
+        now = step.outputs
+        tick()
+    return Walked(now, calls, found)
 
 
 @dataclass
-class BackStep(Step):
-    """One decoder layer on the way down: `grads` are of the loss by the layer's outputs."""
+class BackStep:
+    """One decoder layer on the way down: `above` is the loss's gradient by the layer's outputs."""
 
-    grads: list[Float[Tensor, "B S H"]] = field(default_factory=list)
+    index: int
+    layer: nn.Module
+    inputs: States
+    calls: Calls
+    above: States
+    below: States  # by its inputs
 
-    def run_back(self, watched: list[Tensor]) -> list[Float[Tensor, "T H"]]:
-        """Pass all batches up and down; return the loss's gradient by each tensor of `watched`.
+    def passes(
+        self, watched: list[Tensor]
+    ) -> Iterator[
+        tuple[Float[Tensor, "B S H"], Float[Tensor, "B S H"], Float[Tensor, "T H"] | None]
+    ]:
+        """Pass batch after batch up and down: (input, output, gradient by what is in `watched`).
 
-        `watched` grows by one tensor a batch while the layer runs (a listener fills it). Afterwards
-        `grads` are by the layer's inputs.
+        A listener puts a tensor into `watched` while the layer runs, or none; here it is emptied.
         """
-        found = []
-        for b, hidden in enumerate(self.inputs):
+        for b in range(len(self.inputs)):
             with torch.enable_grad():
-                x = hidden.detach().requires_grad_()
-                out = self.one(b, x)
-            by = [x, *watched[b:]]
-            self.grads[b], *rest = torch.autograd.grad(out, by, self.grads[b])
-            found += rest
-            self.outputs.append(out.detach())
-        return found
+                x = self.inputs[b].detach().requires_grad_()
+                out = self.calls[b][self.index](self.layer, x)
+            grads = torch.autograd.grad(out, [x, *watched], self.above[b])
+            watched.clear()
+            self.below.append(grads[0])
+            yield x.detach(), out.detach(), grads[1] if len(grads) > 1 else None
 
 
 def walk_back(
     streamed: Streamed,
-    steps: Sequence[Step],
-    last: Sequence[Float[Tensor, "B S H"]],
-    batches: Sequence[Int[Tensor, "B S"]],
-    tick: Callable[[], None] = lambda: None,
+    walked: Walked,
+    batches: Sequence[Batch],
+    tick: Tick = lambda: None,
+    trail: Trail = NO_TRAIL,
 ) -> Generator[BackStep, None, None]:
     """Yield the layers from the last to the first, each with the gradient of the summed loss.
 
-    `steps` are those of a walk over the same batches and `last` what it returned. The loss is the
-    next-token cross entropy in nats, summed over tokens. The caller calls `run_back`.
+    `walked` is what a walk over the same batches returned, inputs kept. The loss is the next-token
+    cross entropy in nats, summed over tokens. The caller exhausts `passes`.
     """
-    grads = [loss_gradient(streamed, h, b) for h, b in zip(last, batches, strict=True)]
-    for seen in reversed(steps):
-        layer = streamed.load_layer(seen.index)
-        step = BackStep(seen.index, layer, seen.inputs, seen.calls, grads=grads)
-        yield step
-        grads = step.grads
+    n, device, done = len(streamed.layers), streamed.device, trail.done("down")
+    top = f"down_{n - done:04d}"
+    if done == 0:
+        above = trail.states(top, device)
+        for hidden, batch in zip(walked.last, batches, strict=True):
+            above.append(loss_gradient(streamed, hidden, batch))
+    else:
+        above = trail.reopen(top, len(batches), device)
+    for _ in range(done):
+        tick()
+    for i in reversed(range(n - done)):
+        layer = streamed.load_layer(i, then=i - 1 if i else None)
+        below = trail.states(f"down_{i:04d}", device)
+        inputs = walked.inputs[i]
+        yield BackStep(i, layer, inputs, walked.calls, above, below)
+        below.settle()
+        trail.note({"down": i})
         layer.to("meta")
+        inputs.drop()
+        above.drop()
+        above = below
         tick()
 
 
 def loss_gradient(
-    streamed: Streamed, hidden: Float[Tensor, "B S H"], tokens: Int[Tensor, "B S"]
+    streamed: Streamed, hidden: Float[Tensor, "B S H"], batch: Batch
 ) -> Float[Tensor, "B S H"]:
     """Of the summed next-token loss, by the last layer's output."""
+    tokens = tokens_of(batch)
+    if isinstance(batch, Tensor):  # the logits of a whole batch may not fit: row by row
+        rows = zip(hidden.split(1), batch.split(1), strict=True)
+        return torch.cat([_gradient(streamed, h, t, t) for h, t in rows])
+    return _gradient(streamed, hidden, batch, tokens)
+
+
+def _gradient(streamed: Streamed, hidden: Tensor, batch: Batch, tokens: Tensor) -> Tensor:
     with torch.enable_grad():
         x = hidden.detach().requires_grad_()
-        logits = streamed.logits(x)[:, :-1]
+        logits = streamed.logits(x, batch)[:, :-1]
         target = tokens[:, 1:].to(logits.device)
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum")
     (grad,) = torch.autograd.grad(loss, x)

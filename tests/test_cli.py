@@ -23,6 +23,7 @@ from moecule.verbs import Ask, calibrate, plan
 
 TEXT = "the cat sat on the mat, and the dog ran up a hill with his red hat. " * 12
 SMALL = ("--samples", "4", "--length", "32")
+JOURNAL = re.compile(r"\..*\.partial$")
 PROGRESS = re.compile(r"(calibrate|apply|evaluate) \d+/\d+$")
 OPTIONS = {
     "apply": "data device dtype length out samples trust-remote-code",
@@ -51,10 +52,13 @@ def run(*args: str | Path) -> tuple[int, str, str]:
 
 
 def tree(folder: Path) -> dict[str, object]:
-    """All that lies in a folder, hidden files too."""
+    """All that lies in a folder, hidden files too, but for what a killed run goes on from."""
+    there = {p: p.relative_to(folder) for p in sorted(folder.rglob("*"))}
+    kept = {p: name for p, name in there.items() if not any(map(JOURNAL.match, name.parts))}
     return {
-        str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else None)
-        for p in sorted(folder.rglob("*"))
+        str(name): p.read_bytes() if p.is_file() else None
+        for p, name in kept.items()
+        if p.is_file() or not any(p in q.parents for q in there if q not in kept)
     }
 
 

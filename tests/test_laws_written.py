@@ -17,8 +17,9 @@ from moecule.budget import bytes_by_part
 from moecule.checkpoint import Checkpoint
 from moecule.family import load_family
 from moecule.grid import quantized
-from moecule.hf import PACKED, experts_of, find_moe
+from moecule.hf import PACKED
 from moecule.inventory import rest_parts, take_inventory, weigh
+from moecule.moe import experts_of, find_layers, find_moe
 from moecule.plan import Drop, Fate, Keep
 from moecule.walk import walk
 
@@ -68,7 +69,7 @@ def test_reading_and_writing_back_gives_the_same_bytes(name, dtype, checkpoint):
     streamed = tiny.stream(folder)
     state = streamed.model.state_dict()
     written = streamed.to_disk({n: state[n] for n in streamed.outer_names()})
-    for i in range(len(streamed.base.layers)):
+    for i in range(len(streamed.layers)):
         layer = streamed.load_layer(i)
         state = {f"{streamed.prefix}{i}.{n}": t for n, t in layer.state_dict().items()}
         written |= streamed.to_disk(state)
@@ -107,7 +108,7 @@ def masked(model: Any, name: str, dropped: dict[int, list[int]]) -> Iterator[Non
     Where a bias is added for the choice, after a sigmoid has made 0 of -inf, that is -inf too.
     """
     family, linear, masks = load_family(name), nn.functional.linear, []
-    layers = model.base_model.layers
+    layers = find_layers(model)[1]
     routers = {i: find_moe(layers[i], family).router for i in dropped}
     ids_of = {routers[i].weight.data_ptr(): ids for i, ids in dropped.items()}
     biases = {i: b for i, r in routers.items() for _, b in r.named_buffers()}
@@ -156,9 +157,9 @@ def test_a_packed_checkpoint_loads_as_what_was_walked(name, checkpoint, tmp_path
     done = tiny.write(streamed, plan, tmp_path / "out", batches)
     model = tiny.load(tmp_path / "out")
     found = [tiny.logits(model, batch) for batch in batches]
-    for got, hidden in zip(found, done.hidden, strict=True):
+    for got, hidden, batch in zip(found, done.last, batches, strict=True):
         with torch.no_grad():
-            torch.testing.assert_close(got, streamed.logits(hidden), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(got, streamed.logits(hidden, batch), rtol=1e-5, atol=1e-5)
     model.save_pretrained(tmp_path / "again")
     again = tiny.load(tmp_path / "again")
     assert all(map(torch.equal, found, [tiny.logits(again, batch) for batch in batches]))
@@ -181,10 +182,10 @@ def test_loaded_weights_are_the_rounded_ones_bit_for_bit(name, dtype, checkpoint
             before = step.layer.get_submodule(part).weight.data
             if kind == "router" and moe is not None and len(before) == moe.experts.num_experts:
                 before = before[[isinstance(f, Keep) for f in plan.layers[i]]]
-            after = model.base_model.layers[i].get_submodule(part).weight
+            after = find_layers(model)[1][i].get_submodule(part).weight
             assert torch.equal(after, quantized(before, REST[kind].bits, REST[kind].group))
         if moe is not None:
-            fates, now = plan.layers[i], find_moe(model.base_model.layers[i], original.family)
+            fates, now = plan.layers[i], find_moe(find_layers(model)[1][i], original.family)
             assert now is not None
             check_experts(now.experts, experts_of(moe.experts), fates)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from moecule.calibrate import collect
 from moecule.errors import RecipeError
-from moecule.hf import listening
 from moecule.methods import odp
+from moecule.moe import listening
 from moecule.stats import BINS
 from moecule.walk import walk
 
@@ -250,7 +250,7 @@ def test_a_rate_that_needs_first_experts_is_refused_with_the_most_there_is(rule)
 def test_thresholds_found_on_a_text_leave_out_that_share_of_its_pairs(checkpoint):
     batches = tiny.tokens(4, shape=(4, 32))
     options = odp.Options(rule="damage", rate=0.2, protect=0.0)
-    stats = collect(tiny.stream(checkpoint("mixtral")), batches, odp.needs(options))
+    stats = dict(collect(tiny.stream(checkpoint("mixtral")), batches, odp.needs(options)))
     limits, _ = odp.thresholds(stats, options)
     streamed, skipped, pairs = tiny.stream(checkpoint("mixtral")), 0, 0
     for step in walk(streamed, batches):

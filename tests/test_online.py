@@ -17,8 +17,8 @@ from transformers import AutoConfig
 from moecule import experts_run, runtime, set_skip
 from moecule.errors import PlanError
 from moecule.family import load_family
-from moecule.hf import find_moe
 from moecule.methods import odp
+from moecule.moe import find_layers, find_moe
 from moecule.plan import Keep, Skip
 
 # sinks and sliding windows; latent attention; coefficients that are not scaled to a sum
@@ -85,7 +85,7 @@ def weighted_by_hand(model: Any, name: str, limit: float) -> Iterator[None]:
         run = odp.kept(coef, (limit,) * (coef.shape[1] - 1), None)
         return x, idx, odp.rescaled(coef, run, renormalised)
 
-    moes = [m for layer in model.base_model.layers if (m := find_moe(layer, family))]
+    moes = [m for layer in find_layers(model)[1] if (m := find_moe(layer, family))]
     handles = [m.experts.register_forward_pre_hook(reweigh) for m in moes]
     yield
     for handle in handles:

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from moecule.calibrate import collect
 from moecule.errors import RecipeError
 from moecule.grid import CLIPS, quantized
-from moecule.hf import experts_of, put_experts
 from moecule.methods import pmq
+from moecule.moe import experts_of, put_experts
 from moecule.stats import COUNT, MASS
 from moecule.walk import walk
 
@@ -143,7 +143,7 @@ def test_more_bits_than_the_widest_class_are_refused():
 def test_every_token_counts_once_for_each_expert_it_is_sent_to(name, checkpoint):
     batches = tiny.tokens(3)
     streamed = tiny.stream(checkpoint(name))
-    sums = collect(streamed, batches, (COUNT, MASS))
+    sums = dict(collect(streamed, batches, (COUNT, MASS)))
     n = sum(b.numel() for b in batches)
     for i, s in sums.items():
         assert s["count"].sum() == streamed.moe(i).router.top_k * n
@@ -156,7 +156,7 @@ def test_the_error_of_one_expert_is_that_of_the_whole_block(clip, checkpoint):
     options = pmq.Options(bits=(1, 3), group=16, clip=clip)
     trial = pmq.trial(options)
     streamed = tiny.stream(checkpoint("mixtral"), torch.float64)
-    sums = collect(streamed, batches, (trial,))
+    sums = dict(collect(streamed, batches, (trial,)))
     seen = tiny.stream(checkpoint("mixtral"), torch.float64)
     for step in walk(seen, batches):
         want = block_errors(step, seen.moe(step.index), options)

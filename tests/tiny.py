@@ -18,11 +18,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from moecule.apply import Applied, apply_plan
-from moecule.checkpoint import SHARD_BYTES, Checkpoint, Writer
+from moecule.checkpoint import Checkpoint
 from moecule.folder import write_config
 from moecule.hf import Streamed, open_model
 from moecule.plan import REST, Fate, Keep, Plan, Skip
 from moecule.recipe import part_of
+from moecule.writer import SHARD_BYTES, SINGLE_BYTES, Writer
 
 BASE = {
     "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16,
@@ -119,7 +120,7 @@ def logits(model: Any, batch: Tensor, **how: Any) -> Tensor:
 
 def moe_layers(streamed: Streamed) -> dict[int, int]:
     """{layer with a MoE block: how many experts it has}."""
-    moes = {i: streamed.moe(i) for i in range(len(streamed.base.layers))}
+    moes = {i: streamed.moe(i) for i in range(len(streamed.layers))}
     return {i: moe.experts.num_experts for i, moe in moes.items() if moe is not None}
 
 
@@ -151,7 +152,7 @@ def write(
     shard_bytes: int = SHARD_BYTES,
 ) -> Applied:
     """Carry the plan out into `out`, as moecule.apply does but for the check in a fresh process."""
-    writer = Writer(out, shard_bytes)
+    writer = Writer(out, shard_bytes, min(shard_bytes, SINGLE_BYTES))
     done = apply_plan(streamed, made, part_of("plan", made.encode, "encode"), batches, writer)
     writer.close()
     write_config(out, streamed.checkpoint, streamed.family, made, done)

@@ -15,6 +15,7 @@ Differences from the paper:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moecule.errors import RecipeError
+from moecule.experts import Expert
 from moecule.grid import WIDE, quantized
 from moecule.method import Method
 from moecule.stats import COUNT, Seen, Statistic, Stats
@@ -39,23 +41,24 @@ class Options:
 def sensitivity(options: Options) -> Statistic:
     """[E, len(bits)]: trace times squared change, both matrices of the expert."""
 
-    def measure(seen: Seen) -> Float[Tensor, " bits"]:
-        traces = (
-            2 * seen.x.double().square().mean(-1).sum(),
-            2 * seen.act.double().square().mean(-1).sum(),
-        )
-        weights = (seen.expert.gate_up, seen.expert.down)
-        return torch.stack([
-            sum(
-                (t * (w - quantized(w, b, options.group, WIDE)).double().square().sum()
-                 for t, w in zip(traces, weights, strict=True)),
-                start=traces[0].new_zeros(()),
-            )
-            for b in options.bits
+    def measure(expert: Expert) -> Callable[[Seen], Float[Tensor, " bits"]]:
+        weights = (expert.gate_up, expert.down)
+        changes = torch.stack([
+            torch.stack([_change(w, b, options.group) for w in weights]) for b in options.bits
         ])  # fmt: skip
 
+        def traces(seen: Seen) -> Float[Tensor, " bits"]:
+            sums = [2 * x.double().square().mean(-1).sum() for x in (seen.x, seen.act)]
+            return changes @ torch.stack(sums)
+
+        return traces
+
     widths = "".join(map(str, options.bits))
-    return Statistic(f"hawq_b{widths}_g{options.group}", measure)
+    return Statistic(f"hawq_b{widths}_g{options.group}", of_expert=measure)
+
+
+def _change(w: Float[Tensor, "M N"], bits: int, group: int) -> Float[Tensor, ""]:
+    return (w - quantized(w, bits, group, WIDE)).double().square().sum()
 
 
 def allocate(stats: Stats, mean_bits: float, options: Options) -> dict[int, tuple[int, ...]]:

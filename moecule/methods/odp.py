@@ -35,7 +35,7 @@ from torch import Tensor
 
 from moecule.errors import RecipeError
 from moecule.method import Method
-from moecule.stats import BINS, HIDDEN_SQ, Seen, Statistic, Stats, histogram
+from moecule.stats import BINS, HIDDEN_SQ, Seen, Statistic, Stats, histograms
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def change(seen: Seen) -> Float[Tensor, "t H"]:
 
 
 def _by_rank(seen: Seen) -> Float64[Tensor, "K bins"]:
-    return torch.stack([histogram(seen.ratio[seen.rank == r]) for r in range(seen.top_k)])
+    return histograms(seen.ratio, seen.rank, seen.top_k)
 
 
 def _damage(seen: Seen) -> Float64[Tensor, "K bins"]:
@@ -78,8 +78,7 @@ def _fisher(seen: Seen) -> Float64[Tensor, "K bins"]:
 
 
 def _spread(seen: Seen, loss: Float64[Tensor, " t"]) -> Float64[Tensor, "K bins"]:
-    ranks = [seen.rank == r for r in range(seen.top_k)]
-    return torch.stack([histogram(seen.ratio[at], loss[at]) for at in ranks])
+    return histograms(seen.ratio, seen.rank, seen.top_k, loss)
 
 
 RATIO = Statistic("skip_ratio", _by_rank)

@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moecule.errors import RecipeError
+from moecule.experts import Expert
 from moecule.grid import CLIPS, quantized
 from moecule.method import Method
 from moecule.stats import COUNT, MASS, Seen, Statistic, Stats
@@ -60,31 +61,31 @@ class Options:
 def trial(options: Options) -> Statistic:
     """[E, len(bits)]: the error of the block's output with one expert rounded."""
     of: dict[str, Callable[[Seen, Tensor], Tensor]] = {
-        "norm": _batch_norms,
+        "norm": lambda s, miss: miss.square().sum().sqrt(),
         "squared": lambda s, miss: miss.square().sum(),
         "fisher": _fisher,
     }
+    clip, add = CLIPS[options.clip], of[options.error]
 
-    def measure(seen: Seen) -> Float[Tensor, " bits"]:
-        losses = []
-        for b in options.bits:
-            rounded = replace(
-                seen.expert,
-                gate_up=quantized(seen.expert.gate_up, b, options.group, CLIPS[options.clip]),
-                down=quantized(seen.expert.down, b, options.group, CLIPS[options.clip]),
+    def measure(expert: Expert) -> Callable[[Seen], Float[Tensor, " bits"]]:
+        rounded = [
+            replace(
+                expert,
+                gate_up=quantized(expert.gate_up, b, options.group, clip),
+                down=quantized(expert.down, b, options.group, clip),
             )
-            miss = seen.coef[:, None] * (rounded(seen.x) - seen.out)
-            losses.append(of[options.error](seen, miss.double()))
-        return torch.stack(losses)
+            for b in options.bits
+        ]
+
+        def losses(seen: Seen) -> Float[Tensor, " bits"]:
+            misses = (seen.coef[:, None] * (r(seen.x) - seen.out) for r in rounded)
+            return torch.stack([add(seen, miss.double()) for miss in misses])
+
+        return losses
 
     widths = "".join(map(str, options.bits))
     name = f"trial_{options.error}_{options.clip}_b{widths}_g{options.group}"
-    return Statistic(name, measure, backward=options.error == "fisher")
-
-
-def _batch_norms(seen: Seen, miss: Float[Tensor, "t H"]) -> Float[Tensor, ""]:
-    # on the CPU the order of the sum is fixed
-    return seen.batch.cpu().bincount(miss.square().sum(-1).cpu()).sqrt().sum()
+    return Statistic(name, of_expert=measure, backward=options.error == "fisher")
 
 
 def _fisher(seen: Seen, miss: Float[Tensor, "t H"]) -> Float[Tensor, ""]:

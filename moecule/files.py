@@ -1,0 +1,57 @@
+"""Writing a file: all of it or nothing, and a full disk told from a bug."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moecule.errors import OutputError
+
+
+def save_whole(tensors: Mapping[str, Tensor], file: Path, *, sync: bool = True) -> None:
+    """Tensors by name, in safetensors; `sync`: on the disk itself before this returns.
+
+    Raises OutputError where they cannot be written.
+    """
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        save_file(dict(sorted(tensors.items())), partial, metadata={"format": "pt"})
+        if sync:
+            with partial.open("rb") as f:
+                os.fsync(f.fileno())
+        os.replace(partial, file)
+    except (SafetensorError, OSError) as e:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"{file} cannot be written: {e}; make room and run it again") from e
+
+
+def write_text(file: Path, text: str) -> None:
+    """Text. Raises OutputError where it cannot be written."""
+    if file.is_dir():
+        raise OutputError(f"{file} is a folder; name a file")
+    partial, made = file.with_name(f".{file.name}.partial"), missing_folders(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text)
+        os.replace(partial, file)
+    except OSError as e:
+        partial.unlink(missing_ok=True)
+        remove_empty(made)
+        raise OutputError(f"{file} cannot be written: {e.strerror}; name another") from e
+
+
+def missing_folders(file: Path) -> list[Path]:
+    """The folders above `file` that are still to be made, the nearest first."""
+    return [p for p in file.absolute().parents if not p.exists()]
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those that nothing was put into."""
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()

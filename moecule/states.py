@@ -1,0 +1,138 @@
+"""Hidden states between two layers: on the device, in host memory or on disk, as there is room.
+
+What is kept in a folder besides lets a killed run go on from there.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from moecule.errors import OutputError
+from moecule.files import save_whole
+
+Place = Literal["device", "host", "disk"]
+SHARE = 0.25  # of free device memory, and of free host memory, that hidden states may take
+
+
+@dataclass
+class States(Sequence[Tensor]):
+    """The hidden states of all batches at one point of the model, [B, S, H] each.
+
+    Reading one brings it to `device`. With a folder each is also written there as it comes.
+    """
+
+    device: torch.device
+    place: Place
+    folder: Path | None = None  # for "disk" there must be one
+    _held: list[Tensor | None] = field(default_factory=list)
+    _writes: list[Future[None]] = field(default_factory=list)
+    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+
+    @property
+    def aside(self) -> torch.device | None:
+        """Where to put what is as large as these; None: where it comes to pass."""
+        return None if self.place == "device" else torch.device("cpu")
+
+    def append(self, hidden: Float[Tensor, "B S H"]) -> None:
+        """Take the next batch's."""
+        at, held = len(self._held), hidden.detach()
+        if self.place != "device" or self.folder is not None:
+            held = held.cpu().contiguous()
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = _file(self.folder, at)
+            self._writes.append(self._pool.submit(save_whole, {"hidden": held}, file, sync=False))
+        if self.place == "disk":
+            self._settle(most=2)  # what waits to be written is in memory
+        self._held.append(
+            None if self.place == "disk" else hidden.detach() if self.place == "device" else held
+        )
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __getitem__(self, b: int) -> Float[Tensor, "B S H"]:  # type: ignore[override]
+        held = self._held[b]
+        if held is None:
+            assert self.folder is not None  # nothing is on disk without one
+            self._settle(most=0)
+            held = _load(_file(self.folder, b % len(self)))
+        return held.to(self.device, non_blocking=True)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[b] for b in range(len(self)))
+
+    def _settle(self, most: int) -> None:
+        """Wait until at most `most` writes are under way. Raises OutputError where one failed."""
+        while len(self._writes) > most:
+            self._writes.pop(0).result()
+
+    def settle(self) -> None:
+        """Wait until all are written, where there is a folder."""
+        self._settle(most=0)
+
+    def drop(self) -> None:
+        """Let go of everything, on disk too."""
+        self.settle()
+        self._held = []
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    @staticmethod
+    def reopen(folder: Path, n: int, device: torch.device, place: Place) -> States:
+        """The states of n batches that an earlier run wrote to `folder`.
+
+        Raises OutputError where they are not there.
+        """
+        found = States(device, place, folder)
+        for b in range(n):
+            held = _load(_file(folder, b))
+            if place == "disk":
+                found._held.append(None)
+            else:
+                found._held.append(held.to(device) if place == "device" else held)
+        return found
+
+
+def _load(file: Path) -> Tensor:
+    try:
+        held: Tensor = load_file(file)["hidden"]
+        return held
+    except (OSError, SafetensorError, KeyError) as e:
+        root = file.parents[2]
+        raise OutputError(f"{file} cannot be read ({e}); remove {root} to begin again") from e
+
+
+def _file(folder: Path, b: int) -> Path:
+    return folder / f"batch_{b:05d}.safetensors"
+
+
+def choose_place(size_bytes: int, copies: int, device: torch.device) -> Place:
+    """Where `copies` sets of hidden states of `size_bytes` each fit: the nearest with room."""
+    want = size_bytes * copies
+    if device.type == "cuda" and want <= SHARE * torch.cuda.mem_get_info(device)[0]:
+        return "device"
+    return "host" if want <= SHARE * free_host_bytes() else "disk"
+
+
+def free_host_bytes() -> int:
+    """Host memory that can still be taken, as Linux and its control groups tell."""
+    table = dict(
+        line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line
+    )
+    free = 1024 * int(table["MemAvailable"].split()[0])
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdigit():
+        free = min(free, int(most) - int(used.read_text()))
+    return free
