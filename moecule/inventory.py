@@ -36,8 +36,8 @@ def rest_parts(model: Any, family: Family, i: int) -> dict[str, str]:
 def take_inventory(streamed: Streamed) -> Inventory:
     """Of a checkpoint to compress, from shapes and headers alone."""
     model, family = streamed.model, streamed.family
-    disk = {
-        n: sum(streamed.checkpoint.tensors[d].size_bytes for d in of)
+    disk = {  # decoded, for that is what is written
+        n: sum(streamed.checkpoint.tensors[d].decoded_bytes for d in of)
         for n, of in streamed.disk.items()
     }
     places = dict(model.state_dict())
@@ -108,32 +108,37 @@ def weigh(checkpoint: Checkpoint) -> dict[str, Any]:
     model, family = skeleton(checkpoint, torch.bfloat16)
     places = {n: t for n, t in model.state_dict().items()}
     tied = {n for n in getattr(model, "all_tied_weights_keys", {}) if n not in checkpoint.tensors}
-    if packed:
-        sizes = {n: t.size_bytes for n, t in checkpoint.tensors.items()}
-    else:
-        sizes = {
-            n: sum(checkpoint.tensors[d].size_bytes for d in of)
-            for n, of in names_in_memory(model, checkpoint).items()
-        }
+    disk = {n: [n] for n in checkpoint.tensors} if packed else names_in_memory(model, checkpoint)
+    sizes = {n: sum(checkpoint.tensors[d].size_bytes for d in of) for n, of in disk.items()}
     parts = dict.fromkeys(PARTS, 0)
     for name, size in sizes.items():
         parts[part_of_tensor(name, model, family)] += size
     counts = {n: t.numel() for n, t in places.items() if n not in tied}
-    expert_weights = sum(
-        c
+    matrices = {
+        n: c
         for n, c in counts.items()
         if n.endswith(("gate_up_proj", "down_proj"))
         and part_of_tensor(n, model, family) == "experts"
-    )
+    }
     total = checkpoint.size_bytes
     return {
         "size_bytes": total,
         "expert_bytes": parts["experts"],
-        "bits_per_weight": 8 * parts["experts"] / expert_weights,
-        "nominal_bits": _nominal(checkpoint, model, family) if packed else 16.0,
+        "bits_per_weight": 8 * parts["experts"] / sum(matrices.values()),
+        "nominal_bits": _nominal(checkpoint, model, family)
+        if packed
+        else _source_bits(checkpoint, [d for n in matrices for d in disk.get(n, [])]),
         "model_bits_per_weight": 8 * total / sum(counts.values()),
         "bytes_by_part": parts,
     }
+
+
+def _source_bits(checkpoint: Checkpoint, names: list[str]) -> float:
+    """Mean code bits over the weights of these tensors; what is not quantised counts as 16."""
+    tensors = [checkpoint.tensors[n] for n in names]
+    sizes = [int(torch.Size(t.shape).numel()) for t in tensors]
+    bits = [t.coded.bits if t.coded else 16 for t in tensors]
+    return float(sum(b * s for b, s in zip(bits, sizes, strict=True)) / sum(sizes))
 
 
 def _nominal(checkpoint: Checkpoint, model: Any, family: Family) -> float:
