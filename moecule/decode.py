@@ -30,7 +30,7 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
-QUANTISED = "quantization_config"
+QUANTISED = "quantization_config"  # transformers' key
 DECODED = "fp8, mxfp4 (of gpt_oss) and compressed-tensors float-quantized (8 bits)"
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # what says how activations were rounded, and zero points of symmetric codes: weights need neither
@@ -180,6 +180,8 @@ def decoded_view(
                 f"{where}: {name} is {NAMES[info.dtype]}, which a scale must go with: {lacks}; "
                 "fetch it again, or give the bf16 original"
             )
+    if scheme is not None and not any(info.coded for info in out.values()):
+        raise _damaged(where, f"config.json says {scheme.method}, and no tensor is quantised")
     return out
 
 

@@ -120,25 +120,24 @@ def weigh(checkpoint: Checkpoint) -> dict[str, Any]:
         if n.endswith(("gate_up_proj", "down_proj"))
         and part_of_tensor(n, model, family) == "experts"
     }
-    total = checkpoint.size_bytes
+    expert_weights, total = sum(matrices.values()), checkpoint.size_bytes
+    of = [d for n in matrices for d in disk.get(n, [])]
     return {
         "size_bytes": total,
         "expert_bytes": parts["experts"],
-        "bits_per_weight": 8 * parts["experts"] / sum(matrices.values()),
+        "bits_per_weight": 8 * parts["experts"] / expert_weights,
         "nominal_bits": _nominal(checkpoint, model, family)
         if packed
-        else _source_bits(checkpoint, [d for n in matrices for d in disk.get(n, [])]),
+        else 16 - _saved(checkpoint, of) / expert_weights,
         "model_bits_per_weight": 8 * total / sum(counts.values()),
         "bytes_by_part": parts,
     }
 
 
-def _source_bits(checkpoint: Checkpoint, names: list[str]) -> float:
-    """Mean code bits over the weights of these tensors; what is not quantised counts as 16."""
+def _saved(checkpoint: Checkpoint, names: list[str]) -> int:
+    """Code bits by which tensors of a source are narrower than 16."""
     tensors = [checkpoint.tensors[n] for n in names]
-    sizes = [int(torch.Size(t.shape).numel()) for t in tensors]
-    bits = [t.coded.bits if t.coded else 16 for t in tensors]
-    return float(sum(b * s for b, s in zip(bits, sizes, strict=True)) / sum(sizes))
+    return sum((16 - t.coded.bits) * int(torch.Size(t.shape).numel()) for t in tensors if t.coded)
 
 
 def _nominal(checkpoint: Checkpoint, model: Any, family: Family) -> float:

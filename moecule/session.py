@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from moecule import online
 from moecule.checkpoint import Checkpoint
+from moecule.decode import QUANTISED
 from moecule.errors import CheckpointError, RecipeError
 from moecule.family import load_family
 from moecule.hf import PACKED, Streamed, choose_experts, open_model, quiet
 
 Progress = Callable[[str, int, int], None]  # (what is done, steps done, of how many)
 ASSETS = Path(__file__).parent / "assets"
-QUANTISED = "quantization_config"  # transformers' key
 EMBEDDED = "embedded"  # names the small model that comes with the package
 
 

@@ -368,6 +368,15 @@ def test_fp8_without_a_config_is_refused(coded):
         Checkpoint.open(coded)
 
 
+@pytest.mark.parametrize("how", [BLOCKS, {"quant_method": "mxfp4"}])
+def test_a_config_that_speaks_of_what_is_not_there_is_refused(how, checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint("gpt_oss"), tmp_path / "model")
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": how}))
+    with pytest.raises(CheckpointError, match="config.json says .*, and no tensor is quantised; "):
+        Checkpoint.open(folder)
+
+
 SCALE = f"{PROJECTION}_scale_inv".replace("q_proj", "q_b_proj")
 WEIGHT = SCALE.removesuffix("_scale_inv")
 DAMAGED: dict[str, tuple[Callable[[Tensors], Any], str]] = {
