@@ -1,6 +1,7 @@
 """A checkpoint on disk.
 
-Opening reads headers only. Pickled weights are refused: they run code when opened.
+Opening reads headers only. A quantised source is shown as what it would be in bf16 (`decode.py`), and
+decoded as it is read. Pickled weights are refused: they run code when opened.
 """
 
 from __future__ import annotations
@@ -9,36 +10,26 @@ import hashlib
 import json
 import struct
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from moecule.decode import (
+    DECODED,
+    DTYPES,
+    QUANTISED,
+    TensorInfo,
+    decode,
+    decoded_view,
+    scheme_of,
+)
 from moecule.errors import CheckpointError
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 INDEX = "model.safetensors.index.json"
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies."""
-
-    file: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes on disk."""
-        return self.dtype.itemsize * int(torch.Size(self.shape).numel())
 
 
 @dataclass(frozen=True)
@@ -47,19 +38,22 @@ class Checkpoint:
 
     name: str  # as the user gave it
     path: Path
-    config: Mapping[str, Any]  # config.json as it is on disk
-    tensors: Mapping[str, TensorInfo]
+    config: Mapping[str, Any]  # config.json as it is on disk, but for how a source is quantised
+    tensors: Mapping[str, TensorInfo]  # decoded
+    stored: Mapping[str, TensorInfo]  # as they are on disk
     digest: str  # 16 hex digits: config, headers, and a sample of every shard's bytes
 
     @staticmethod
     def open(model: str | Path) -> Checkpoint:
         """Open a folder, or a Hub id that lies in the user's cache.
 
-        Raises CheckpointError where there is none, or a file is missing, cut short or pickled.
+        Raises CheckpointError where there is none, a file is missing, cut short or pickled, or it
+        is quantised in a way that is not decoded here.
         """
         path = _folder(str(model))
         config = _config(path)
-        tensors: dict[str, TensorInfo] = {}
+        scheme = scheme_of(config, str(path))
+        stored: dict[str, TensorInfo] = {}
         total = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         for file in _shards(path):
             header, sample = _header(path / file)
@@ -68,29 +62,50 @@ class Checkpoint:
                 if name != "__metadata__":
                     if info["dtype"] not in DTYPES:
                         raise CheckpointError(
-                            f"{path / file}: {name} is {info['dtype']}, which is not decoded here; "
-                            "use the model's bf16 checkpoint"
+                            f"{path / file}: {name} is {info['dtype']}, which is not decoded here "
+                            f"({DECODED} are); use the model's bf16 checkpoint"
                         )
-                    tensors[name] = TensorInfo(file, DTYPES[info["dtype"]], tuple(info["shape"]))
-        return Checkpoint(str(model), path, config, tensors, total.hexdigest()[:16])
+                    stored[name] = TensorInfo(file, DTYPES[info["dtype"]], tuple(info["shape"]))
+        if scheme is not None:
+            config.pop(QUANTISED)
+        tensors = decoded_view(stored, scheme, str(path))
+        return Checkpoint(str(model), path, config, tensors, stored, total.hexdigest()[:16])
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
-        """The tensors `names`, on the CPU. Raises CheckpointError where one cannot be read."""
+        """The tensors `names`, decoded, on the CPU. Raises CheckpointError where one cannot be read."""
         out: dict[str, Tensor] = {}
-        for file in sorted({self.tensors[n].file for n in names}):
-            try:
-                with safe_open(self.path / file, "pt") as f:
-                    out |= {n: f.get_tensor(n) for n in names if self.tensors[n].file == file}
-            except (SafetensorError, OSError) as e:
-                raise CheckpointError(
-                    f"{self.path / file} cannot be read: {e}; fetch it again"
-                ) from e
+        with ExitStack() as stack:
+            files: dict[str, Any] = {}
+            for name in names:  # one by one: not all codes need be in memory besides what they make
+                info = self.tensors[name]
+                if info.coded is None:
+                    out[name] = self._stored(name, files, stack)
+                else:
+                    parts = (info.coded.codes, info.coded.scale)
+                    found = {n: self._stored(n, files, stack) for n in parts}
+                    out[name] = decode(info, found, str(self.path))
         return out
+
+    def _stored(self, name: str, files: dict[str, Any], stack: ExitStack) -> Tensor:
+        """A tensor as it is on disk; `files` are those open, which `stack` closes."""
+        file = self.stored[name].file
+        try:
+            if file not in files:
+                files[file] = stack.enter_context(safe_open(self.path / file, "pt"))
+            tensor: Tensor = files[file].get_tensor(name)
+        except (SafetensorError, OSError) as e:
+            raise CheckpointError(f"{self.path / file} cannot be read: {e}; fetch it again") from e
+        return tensor
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether tensors are decoded as they are read."""
+        return any(t.coded for t in self.tensors.values())
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(t.size_bytes for t in self.tensors.values())
+        """Bytes of all tensors on disk."""
+        return sum(t.size_bytes for t in self.stored.values())
 
 
 def _folder(model: str) -> Path:

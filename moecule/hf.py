@@ -29,6 +29,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as hf_logging
 
 from moecule.checkpoint import Checkpoint
+from moecule.decode import QUANTISED
 from moecule.errors import CheckpointError
 from moecule.family import Family, load_family
 from moecule.moe import Moe, find_layers, find_moe
@@ -168,11 +169,6 @@ def open_model(
             f"{checkpoint.path} is compressed already; give the original model "
             f"({checkpoint.config['moecule'].get('model', 'unknown')})"
         )
-    if "quantization_config" in checkpoint.config:
-        method = checkpoint.config["quantization_config"].get("quant_method")
-        raise CheckpointError(
-            f"{checkpoint.path} is quantised by {method!r}; give its bf16 original"
-        )
     model, family = skeleton(checkpoint, dtype, trust_remote_code=trust_remote_code)
     disk = names_in_memory(model, checkpoint)
     dtypes = {n: checkpoint.tensors[d[0]].dtype for n, d in disk.items()}
@@ -195,6 +191,8 @@ def skeleton(
     family = load_family(config["moecule"]["model_type"] if packed else config["model_type"])
     try:
         settings = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
+        if QUANTISED not in checkpoint.config:  # decoded as it is read: a plain model
+            vars(settings).pop(QUANTISED, None)
         with torch.device("meta"), quiet():
             model = AutoModelForCausalLM.from_config(
                 settings, dtype=dtype, experts_implementation="grouped_mm"

@@ -37,8 +37,8 @@ def rest_parts(model: Any, family: Family, i: int) -> dict[str, str]:
 def take_inventory(streamed: Streamed) -> Inventory:
     """Of a checkpoint to compress, from shapes and headers alone."""
     model, family = streamed.model, streamed.family
-    disk = {
-        n: sum(streamed.checkpoint.tensors[d].size_bytes for d in of)
+    disk = {  # decoded, for that is what is written
+        n: sum(streamed.checkpoint.tensors[d].decoded_bytes for d in of)
         for n, of in streamed.disk.items()
     }
     places = dict(model.state_dict())
@@ -109,32 +109,36 @@ def weigh(checkpoint: Checkpoint) -> dict[str, Any]:
     model, family = skeleton(checkpoint, torch.bfloat16)
     places = {n: t for n, t in model.state_dict().items()}
     tied = {n for n in getattr(model, "all_tied_weights_keys", {}) if n not in checkpoint.tensors}
-    if packed:
-        sizes = {n: t.size_bytes for n, t in checkpoint.tensors.items()}
-    else:
-        sizes = {
-            n: sum(checkpoint.tensors[d].size_bytes for d in of)
-            for n, of in names_in_memory(model, checkpoint).items()
-        }
+    disk = {n: [n] for n in checkpoint.tensors} if packed else names_in_memory(model, checkpoint)
+    sizes = {n: sum(checkpoint.tensors[d].size_bytes for d in of) for n, of in disk.items()}
     parts = dict.fromkeys(PARTS, 0)
     for name, size in sizes.items():
         parts[part_of_tensor(name, model, family)] += size
     counts = {n: t.numel() for n, t in places.items() if n not in tied}
-    expert_weights = sum(
-        c
+    matrices = {
+        n: c
         for n, c in counts.items()
         if n.endswith(("gate_up_proj", "down_proj"))
         and part_of_tensor(n, model, family) == "experts"
-    )
-    total = checkpoint.size_bytes
+    }
+    expert_weights, total = sum(matrices.values()), checkpoint.size_bytes
+    of = [d for n in matrices for d in disk.get(n, [])]
     return {
         "size_bytes": total,
         "expert_bytes": parts["experts"],
         "bits_per_weight": 8 * parts["experts"] / expert_weights,
-        "nominal_bits": _nominal(checkpoint, model, family) if packed else 16.0,
+        "nominal_bits": _nominal(checkpoint, model, family)
+        if packed
+        else 16 - _saved(checkpoint, of) / expert_weights,
         "model_bits_per_weight": 8 * total / sum(counts.values()),
         "bytes_by_part": parts,
     }
+
+
+def _saved(checkpoint: Checkpoint, names: list[str]) -> int:
+    """Code bits by which tensors of a source are narrower than 16."""
+    tensors = [checkpoint.tensors[n] for n in names]
+    return sum((16 - t.coded.bits) * int(torch.Size(t.shape).numel()) for t in tensors if t.coded)
 
 
 def _nominal(checkpoint: Checkpoint, model: Any, family: Family) -> float:

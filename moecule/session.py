@@ -11,11 +11,12 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from moecule import online
 from moecule.budget import format_size
 from moecule.checkpoint import Checkpoint
+from moecule.decode import QUANTISED
 from moecule.errors import CheckpointError, OutputError, RecipeError
 from moecule.family import load_family
 from moecule.hf import (
@@ -34,7 +35,6 @@ from moecule.states import Place, choose_place
 
 Progress = Callable[[str, int, int], None]  # (what is done, steps done, of how many)
 ASSETS = Path(__file__).parent / "assets"
-QUANTISED = "quantization_config"  # transformers' key
 DISK_SHARE = 0.8  # of what is free, for hidden states
 EMBEDDED = "embedded"  # names the small model that comes with the package
 
@@ -168,6 +168,8 @@ def load(model: str | Path, compute: Compute, *, skip: bool = False) -> Any:
     Raises CheckpointError where it does not load, PlanError for skipping that it does not have.
     """
     checkpoint = open_checkpoint(model)
+    if checkpoint.is_coded:
+        return _load_decoded(model, compute, skip)
     device = compute.torch_device()
     packed = checkpoint.config["model_type"] == PACKED
     own_code = "auto_map" in checkpoint.config and not packed
@@ -196,6 +198,24 @@ def load(model: str | Path, compute: Compute, *, skip: bool = False) -> Any:
     if skip:
         online.set_skip(loaded, True)
     return loaded.to(device).eval()
+
+
+def _load_decoded(model: str | Path, compute: Compute, skip: bool) -> Any:
+    """A whole model of a quantised source, as if it were plain: transformers wants kernels for some."""
+    streamed = stream(model, compute)
+    for i in range(len(streamed.layers)):
+        streamed.load_layer(i)
+    if (streamed.checkpoint.path / "generation_config.json").is_file():
+        try:
+            with quiet():
+                found = GenerationConfig.from_pretrained(streamed.checkpoint.path)
+        except (OSError, ValueError, TypeError) as e:
+            said = f"{streamed.checkpoint.path} has a damaged generation_config.json"
+            raise CheckpointError(f"{said} ({_first_line(e)}); fetch it again") from e
+        streamed.model.generation_config = found
+    if skip:
+        online.set_skip(streamed.model, True)
+    return streamed.model
 
 
 def tokenizer_of(path: Path) -> Any:

@@ -13,7 +13,7 @@ from moecule.calibrate import collect, seen_by
 from moecule.methods import hawq, odp, pmq
 from moecule.moe import listening
 from moecule.stats import COSINE, COUNT, HIDDEN_SQ, MASS, TOKENS
-from moecule.walk import Walked, walk, walk_back
+from moecule.walk import walk, walk_back
 
 every_family = pytest.mark.parametrize("name", tiny.FAMILIES)
 NORM, SQUARED, FISHER = (
@@ -21,16 +21,6 @@ NORM, SQUARED, FISHER = (
     for error in ("norm", "squared", "fisher")
 )
 SUMS = (COUNT, MASS, TOKENS, HIDDEN_SQ, COSINE, NORM, odp.RATIO, odp.DAMAGE["hidden"])
-
-
-def walked(streamed: Any, batches: list[Tensor], **how: Any) -> Walked:
-    """What a walk returns."""
-    up = walk(streamed, batches, **how)
-    while True:
-        try:
-            next(up)
-        except StopIteration as end:
-            return end.value
 
 
 def experts_of(streamed: Any) -> str:
@@ -43,7 +33,7 @@ def experts_of(streamed: Any) -> str:
 def test_walking_equals_calling(name, dtype, checkpoint):
     batches = tiny.tokens(3)
     streamed = tiny.stream(checkpoint(name), dtype)
-    hidden = walked(streamed, batches).last
+    hidden = tiny.walked(streamed, batches).last
     model = tiny.load(checkpoint(name), dtype, experts_implementation=experts_of(streamed))
     for batch, h in zip(batches, hidden, strict=True):
         with torch.no_grad():
@@ -178,7 +168,7 @@ def gradients_of_the_whole(model: Any, moes: list[Any], batches: list[Tensor]) -
 def test_walking_back_gives_the_gradients_of_the_whole_model(name, checkpoint):
     batches = tiny.tokens(2)
     streamed = tiny.stream(checkpoint(name), torch.float64)
-    there = walked(streamed, batches, keep=True)
+    there = tiny.walked(streamed, batches, keep=True)
     got = {}
     for back in walk_back(streamed, there, batches):
         moe = streamed.moe(back.index)
