@@ -11,12 +11,13 @@ Importing this package registers its checkpoints with transformers:
 from moecule import runtime as _runtime  # noqa: F401  registers
 from moecule.compress import Compressed, compress
 from moecule.errors import MoeculeError
-from moecule.evaluate import Result, evaluate
+from moecule.evaluate import evaluate
 from moecule.generate import Generated, generate
 from moecule.inspect import Inspection, inspect
 from moecule.online import experts_run, set_skip
 from moecule.plan import Drop, Keep, Plan, Skip
 from moecule.recipe import Recipe, load_recipe
+from moecule.result import Result
 from moecule.session import Compute
 from moecule.verbs import Ask, apply, calibrate, plan, read_plan
 

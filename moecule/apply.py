@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moecule import runtime
@@ -115,7 +116,7 @@ def apply_plan(
         except StopIteration as end:
             walked: Walked = end.value
             break
-        _layer(streamed, plan, codec, step)
+        _layer(streamed, plan, codec, step, trail.aside)
         notes.append(step.note)
         prefix = f"{streamed.prefix}{step.index}."
         state = {prefix + n: t for n, t in step.layer.state_dict().items()}
@@ -154,7 +155,9 @@ def _cast(streamed: Streamed, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     return out
 
 
-def _layer(streamed: Streamed, plan: Plan, codec: Codec, step: Step) -> None:
+def _layer(
+    streamed: Streamed, plan: Plan, codec: Codec, step: Step, aside: torch.device | None
+) -> None:
     """Compress one layer in place and pass the batches through what it has become."""
     i, moe = step.index, streamed.moe(step.index)
     parts = rest_parts(streamed.model, streamed.family, i)
@@ -172,7 +175,7 @@ def _layer(streamed: Streamed, plan: Plan, codec: Codec, step: Step) -> None:
         if len(kept) < len(fates):
             put_experts(moe.experts, experts_of(moe.experts).select(kept))
             select_experts(moe, kept, len(fates))
-        with listening(moe, step.outputs.aside, outputs=False) as heard:
+        with listening(moe, aside, outputs=False) as heard:
             packed |= pack_weights(codec, streamed, step, others, always_run=True)
         codes, starved = pack_experts(codec, streamed, moe, heard, keeps)
         if starved:

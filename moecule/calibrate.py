@@ -46,7 +46,7 @@ def collect(
         if moe is None or backward:
             continue
         count = LayerCount(step.index, needs)
-        with listening(moe, step.outputs.aside) as heard:
+        with listening(moe, trail.aside) as heard:
             for x, out in step.passes():
                 count.add(x, out)
         yield step.index, _added_up(streamed, count.sums | expert_sums(streamed, moe, heard, needs))
@@ -59,7 +59,7 @@ def collect(
                 pass
             continue
         count, grads = LayerCount(back.index, needs), []
-        with listening(moe, back.below.aside) as heard:
+        with listening(moe, trail.aside) as heard:
             for x, out, grad in back.passes(heard.live):
                 assert grad is not None  # the experts were heard
                 count.add(x, out)

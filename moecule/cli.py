@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import json
+import os
 import sys
 import tomllib
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from moecule.errors import MoeculeError, RecipeError
+from moecule.show import (
+    bar,
+    complain,
+    err_console,
+    out_console,
+    print_change,
+    print_json,
+    print_one,
+    say,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,9 +31,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make Mixture-of-Experts models small, with proof of what it cost.",
 )
-# no markup: a path may hold [brackets]
-out_console, err_console = Console(markup=False), Console(markup=False, stderr=True)
-
 Model = Annotated[
     str, typer.Argument(help="A folder, a Hub id in the cache, or: embedded.", metavar="MODEL")
 ]
@@ -57,6 +53,10 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with a model.")
 ]
+Where = Literal["auto", "device", "host", "disk"]
+StatesAt = Annotated[
+    Where, typer.Option("--states", help="Where hidden states lie: auto, device, host or disk.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Texts = Annotated[
     list[Path] | None, typer.Option("--text", help="Text to evaluate on; may repeat.")
@@ -75,7 +75,7 @@ def inspect(
 
     found = look(model, recipe=recipe, compute=Compute(device))
     if json_:
-        _print_json(asdict(found))
+        print_json(asdict(found))
         return
     shown = Table(show_header=False, box=None)
     for row in table(found, recipe):
@@ -95,21 +95,22 @@ def calibrate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust: Trust = False,
+    states: StatesAt = "auto",
 ) -> None:
     """Count over text what a recipe's methods read."""
     from moecule import verbs
 
     chosen = _recipe(recipe, set_, samples, length)
-    with _bar() as progress:
+    with bar() as progress:
         made = verbs.calibrate(
             model,
             out,
             recipe=chosen,
             data=data,
-            compute=_compute(device, dtype, trust),
+            compute=_compute(device, dtype, trust, states),
             progress=progress,
         )
-    _say(f"statistics in {made}; next: moecule plan {made} -o plan.yaml --recipe {recipe}")
+    say(f"statistics in {made}; next: moecule plan {made} -o plan.yaml --recipe {recipe}")
 
 
 @app.command()
@@ -137,7 +138,7 @@ def plan(
     inventory = Inventory.from_dict(load_stats(stats)[1]["inventory"])
     parts = bytes_by_part(inventory, made)
     true = 8 * parts["experts"] / inventory.expert_weights
-    _say(
+    say(
         f"{out}: {made.nominal_bits:.3f} nominal bits, {true:.3f} true bits a routed expert's weight, "
         f"{format_size(sum(parts.values()))} in all; next: moecule apply {made.model} {out} -o OUT"
     )
@@ -154,23 +155,24 @@ def apply(
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust: Trust = False,
+    states: StatesAt = "auto",
 ) -> None:
     """Carry a plan out, and check in a fresh process that the result loads and computes."""
     from moecule import verbs
     from moecule.data import Sampling
 
     given = {k: v for k, v in (("samples", samples), ("length", length)) if v is not None}
-    with _bar() as progress:
+    with bar() as progress:
         made = verbs.apply(
             model,
             plan,
             out,
             data=data,
             sampling=Sampling(**given),
-            compute=_compute(device, dtype, trust),
+            compute=_compute(device, dtype, trust, states),
             progress=progress,
         )
-    _say(f"compressed checkpoint in {made}; next: moecule evaluate {made} --against {model}")
+    say(f"compressed checkpoint in {made}; next: moecule evaluate {made} --against {model}")
 
 
 @app.command()
@@ -190,6 +192,7 @@ def compress(
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust: Trust = False,
+    states: StatesAt = "auto",
     json_: Json = False,
 ) -> None:
     """Calibrate, plan, apply and evaluate; goes on where it was left."""
@@ -197,7 +200,7 @@ def compress(
     from moecule.verbs import Ask
 
     chosen = _recipe(recipe, set_, samples, length)
-    with _bar() as progress:
+    with bar() as progress:
         made = run(
             model,
             out,
@@ -205,14 +208,14 @@ def compress(
             ask=Ask(bits, size, fit, context),
             data=data,
             text=text or (),
-            compute=_compute(device, dtype, trust),
+            compute=_compute(device, dtype, trust, states),
             progress=progress,
         )
     if json_:
-        _print_json(asdict(made.after))
+        print_json(asdict(made.after))
         return
-    _print_change(made.before, made.after)
-    _say(f"in {made.folder}; next: moecule generate {made.folder} 'Once upon a time'")
+    print_change(made.before, made.after)
+    say(f"in {made.folder}; next: moecule generate {made.folder} 'Once upon a time'")
 
 
 @app.command()
@@ -225,28 +228,29 @@ def evaluate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust: Trust = False,
+    states: StatesAt = "auto",
     json_: Json = False,
 ) -> None:
     """Measure loss, size and speed."""
     from moecule.evaluate import evaluate as run
     from moecule.files import write_text
 
-    with _bar() as progress:
+    with bar() as progress:
         before, after = run(
             model,
             against=against,
             text=text or (),
             length=length or 0,
             skip=skip,
-            compute=_compute(device, dtype, trust),
+            compute=_compute(device, dtype, trust, states),
             progress=progress,
         )
     if json_:
-        _print_json(asdict(after))
+        print_json(asdict(after))
     elif before is not None:
-        _print_change(before, after)
+        print_change(before, after)
     else:
-        _print_one(after)
+        print_one(after)
     if (Path(model) / "plan.yaml").is_file():
         write_text(Path(model) / "result.json", after.dumps())
 
@@ -266,7 +270,7 @@ def generate(
     """Print text as the model makes it, and tokens a second."""
     from moecule.generate import generate as run
 
-    def say(piece: str) -> None:
+    def write(piece: str) -> None:
         sys.stdout.write(piece)
         sys.stdout.flush()
 
@@ -278,17 +282,19 @@ def generate(
         seed=seed,
         skip=skip,
         compute=_compute(device, dtype, trust),
-        say=say,
+        say=write,
     )
     ran = f", {100 * made.experts_run:.1f} % of the experts run" if skip else ""
     line = f"\n{made.tokens} tokens, {made.tokens_per_s:.1f} a second on {made.device}{ran}"
     err_console.print(line, soft_wrap=True)
 
 
-def _compute(device: str, dtype: str, trust: bool) -> Any:
+def _compute(device: str, dtype: str, trust: bool, states: Where = "auto") -> Any:
+    from moecule.ranks import join
     from moecule.session import Compute
 
-    return Compute(device, dtype, trust)
+    asked = Compute(device, dtype, trust, states)
+    return replace(asked, ranks=join(cuda=asked.torch_device().type == "cuda"))
 
 
 def _recipe(name: str, sets: list[str] | None, samples: int | None, length: int | None) -> Any:
@@ -310,86 +316,24 @@ def _recipe(name: str, sets: list[str] | None, samples: int | None, length: int 
     return load_recipe(name, changes)
 
 
-def _say(line: str) -> None:
-    """As one line, however long, so that the command in it can be copied."""
-    out_console.print(line, soft_wrap=True)
-
-
-def _print_json(doc: Any) -> None:
-    sys.stdout.write(json.dumps(doc, indent=2) + "\n")
-
-
-def _print_change(before: Any, after: Any) -> None:
-    from moecule.evaluate import table
-
-    shown = Table(title=f"{after.against} -> {after.model} ({after.device}, {after.dtype})")
-    for name in ("", "before", "after", "change"):
-        shown.add_column(name, justify="left" if not name else "right")
-    for row in table(before, after):
-        shown.add_row(*row)
-    if len(after.by_file) > 1:
-        for name, loss in after.by_file.items():
-            change = loss.loss_nats - loss.original_loss_nats
-            shown.add_row(
-                f"  loss on {name}",
-                f"{loss.original_loss_nats:.4f}",
-                f"{loss.loss_nats:.4f}",
-                f"{change:+.4f}",
-            )
-    out_console.print(shown)
-
-
-def _print_one(result: Any) -> None:
-    shown = Table(show_header=False, box=None)
-    for name, value in asdict(result).items():
-        if isinstance(value, (int, float, str)):
-            shown.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
-    for name, loss in result.by_file.items():
-        shown.add_row(f"loss on {name}", f"{loss.loss_nats:.4f}")
-    out_console.print(shown)
-
-
-@contextmanager
-def _bar() -> Iterator[Any]:
-    """A bar on a terminal; elsewhere a plain line at every tenth of the way."""
-    if not err_console.is_terminal:
-        tenths: dict[str, int] = {}
-
-        def line(what: str, done: int, of: int) -> None:
-            tenth = 10 * done // max(of, 1)
-            if tenth > tenths.setdefault(what, 0):
-                tenths[what] = tenth
-                err_console.print(f"{what} {done}/{of}")
-
-        yield line
-        return
-    times = (TimeElapsedColumn(), TimeRemainingColumn())
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times)
-    with Progress(*columns, console=err_console) as bars:
-        tasks: dict[str, Any] = {}
-
-        def progress(what: str, done: int, of: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=of)
-            bars.update(tasks[what], completed=done)
-
-        yield progress
-
-
 def main() -> None:
     """Run a verb; a user's mistake is one line and exit code 2."""
-    warnings.showwarning = lambda message, *args, **kwargs: _complain("warning", message, "yellow")
+    warnings.showwarning = lambda message, *args, **kwargs: complain("warning", message, "yellow")
+    if os.environ.get("RANK", "0") != "0":  # one of several processes tells the story
+        out_console.quiet, err_console.quiet = True, True
     try:
         app()
+        if "torch" in sys.modules:
+            _leave()
     except MoeculeError as e:
-        _complain("moecule", e, "red")
+        complain("moecule", e, "red")
         sys.exit(2)
     except OSError as e:
-        _complain("moecule", f"{e.filename}: {e.strerror}" if e.filename else e, "red")
+        complain("moecule", f"{e.filename}: {e.strerror}" if e.filename else e, "red")
         sys.exit(2)
 
 
-def _complain(who: str, what: object, style: str) -> None:
-    """One line, whatever the text was wrapped from."""
-    line = " ".join(f"{who}: {what}".split())
-    err_console.print(line, style=style, soft_wrap=True, highlight=False)
+def _leave() -> None:
+    from moecule.ranks import leave
+
+    leave()

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 from moecule.errors import OutputError
-from moecule.evaluate import Result, evaluate, evaluation_windows, load_result
+from moecule.evaluate import evaluate, evaluation_windows
 from moecule.files import write_text
 from moecule.folder import remains
 from moecule.inventory import take_inventory
 from moecule.recipe import Ask, Recipe, load_recipe
+from moecule.result import Result, load_result
 from moecule.session import Compute, Progress, open_checkpoint, silent, stream
 from moecule.verbs import AUTO, NO_WISH, apply, calibrate, plan, read_plan
 from moecule.writer import check_out
@@ -48,14 +49,18 @@ def compress(
     """
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     out = Path(out)
-    done = (out / "config.json").is_file() and (out / "plan.yaml").is_file()
+    ranks = compute.ranks
+    done = ranks.share((out / "config.json").is_file() and (out / "plan.yaml").is_file(), 0)
     _check(model, out, chosen, ask, text, compute, done=done)
     seconds: dict[str, float] = {}
     start = time.perf_counter()
     calibrate(model, out / "stats", recipe=chosen, data=data, compute=compute, progress=progress)
     seconds["calibrate"] = _since(start)
     start = time.perf_counter()
-    file = _planned(out, chosen, ask)
+    if ranks.is_first:
+        _planned(out, chosen, ask)
+    ranks.wait()
+    file = out / "plan.yaml"
     seconds["plan"] = _since(start)
     start = time.perf_counter()
     if not done:
@@ -72,7 +77,8 @@ def compress(
     )
     assert before is not None  # `against` was given
     after = replace(after, seconds={**seconds, **after.seconds}, peak_memory_bytes=peak_memory())
-    write_text(out / "result.json", after.dumps())
+    if ranks.is_first:
+        write_text(out / "result.json", after.dumps())
     return Compressed(out, before, after)
 
 
@@ -88,7 +94,7 @@ def _check(
 ) -> None:
     """Raise what can be known to be wrong before any work."""
     path = open_checkpoint(model).path
-    if not done:
+    if not done and compute.ranks.is_first:
         check_out(out, remains(out, path))
     streamed = stream(model, compute, empty=True)
     ask.check(recipe, take_inventory(streamed))
@@ -96,12 +102,12 @@ def _check(
         evaluation_windows(streamed.model.config, path, text, 0, None, recipe.data)
 
 
-def _planned(out: Path, recipe: Recipe, ask: Ask) -> Path:
-    """The plan's file, written if it is not there. Raises OutputError for another request's."""
+def _planned(out: Path, recipe: Recipe, ask: Ask) -> None:
+    """Write the plan's file if it is not there. Raises OutputError for another request's."""
     wanted, file = plan(out / "stats", recipe=recipe, ask=ask), out / "plan.yaml"
     if not file.is_file():
         write_text(file, wanted.dumps())
-        return file
+        return
     found, result = read_plan(file), out / "result.json"
     if found.made_by != wanted.made_by or found.digest != wanted.digest:
         raise OutputError(
@@ -114,7 +120,6 @@ def _planned(out: Path, recipe: Recipe, ask: Ask) -> Path:
             f"{file} was edited after the model beside it was made; remove config.json and "
             "*.safetensors there to apply it, or name another folder"
         )
-    return file
 
 
 def _since(start: float) -> float:

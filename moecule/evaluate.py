@@ -6,14 +6,14 @@ a short one. `measure.py` has the conventions.
 
 from __future__ import annotations
 
-import json
 import math
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -26,59 +26,30 @@ from moecule.data import (
     window_length,
 )
 from moecule.errors import CheckpointError, DataError, PlanError
+from moecule.hf import Streamed
 from moecule.inventory import weigh
-from moecule.measure import Loss, device_name, speed, text_loss
+from moecule.journal import Trail
+from moecule.measure import Loss, batch_sums, device_name, loss_of, speed
 from moecule.online import experts_run
 from moecule.plan import Plan
+from moecule.result import Result, mean_loss
 from moecule.session import (
     ASSETS,
     Compute,
     Progress,
     load,
-    open_checkpoint,
     silent,
+    stream_any,
     ticker,
     tokenizer_of,
+    trail_of,
 )
+from moecule.states import free_host_bytes
+from moecule.walk import finish, walk
 
 MOST_NATS = 700.0  # exp() of more is no float, and no model that computes is so bad
+BATCH = 8  # windows that pass together
 HELD_OUT = 32  # windows, where no text to evaluate on was given
-
-
-@dataclass(frozen=True)
-class Result:
-    """Everything measured of one model; `None` where there was nothing to measure it against."""
-
-    model: str
-    against: str | None
-    loss_nats: float
-    perplexity: float
-    kl_nats: float | None
-    top1_agreement: float | None
-    original_loss_nats: float | None
-    by_file: Mapping[str, Loss]
-    window: int
-    size_bytes: int  # of all tensors on disk
-    expert_bytes: int  # of the routed experts' tensors on disk
-    bits_per_weight: float  # true: routed experts' bits with scales, zeros and padding, a weight
-    nominal_bits: float  # mean code bits over the routed experts' weights, as papers count
-    model_bits_per_weight: float  # true, over all weights of the model
-    bytes_by_part: Mapping[str, int]
-    memory_bytes: int  # of all parameters and buffers as loaded
-    experts_run: float  # share of (token, expert) pairs that ran, over the text
-    prefill_tokens_per_s: float
-    decode_tokens_per_s: float
-    device: str
-    dtype: str
-    plan_digest: str | None = None
-    peak_memory_bytes: Mapping[str, int] = field(
-        default_factory=dict
-    )  # host and device, of compress
-    seconds: Mapping[str, float] = field(default_factory=dict)  # by verb
-
-    def dumps(self) -> str:
-        """As JSON."""
-        return json.dumps(asdict(self), indent=2) + "\n"
 
 
 def evaluate(
@@ -101,29 +72,84 @@ def evaluate(
     vocabulary, and what opening the models raises.
     """
     compute = compute or Compute()
-    checkpoint = open_checkpoint(model)
-    digest = _plan_digest(checkpoint.path)
-    loaded = load(model, compute, skip=skip)
-    original = None if against is None else load(against, compute)
-    _check_vocabularies(loaded, original, against)
-    windows = evaluation_windows(
-        loaded.config, checkpoint.path, text, length, data, sampling or Sampling()
-    )
-    steps = sum(-(-len(w) // 8) for w in windows.values())
-    tick = ticker(progress, "evaluate", steps)
+    streamed = stream_any(model, compute, skip=skip)
+    original = None if against is None else stream_any(against, compute)
+    _check_vocabularies(streamed, original, against)
+    path, config = streamed.checkpoint.path, streamed.model.config
+    windows = evaluation_windows(config, path, text, length, data, sampling or Sampling())
     start = time.perf_counter()
-    by_file = {name: text_loss(loaded, w, original, tick=tick) for name, w in windows.items()}
+    by_file = _losses(streamed, original, windows, compute, progress)
     seconds = {"evaluate": round(time.perf_counter() - start, 2)}
+    prompt = next(iter(windows.values()))[:1]
     names = (str(model), None if against is None else str(against))
-    after = _result(loaded, weigh(checkpoint), by_file, windows, names, seconds, digest)
-    if against is None:
+    rates = _speed(model, streamed, prompt, compute, skip=skip)
+    after = _result(streamed, by_file, prompt, names, rates, seconds)
+    if against is None or original is None:
         return None, after
     theirs = {
         name: Loss(r.original_loss_nats or 0.0, r.tokens, 0.0, 1.0, r.original_loss_nats)
         for name, r in by_file.items()
     }
-    sizes = weigh(open_checkpoint(against))
-    return _result(original, sizes, theirs, windows, (str(against), None), {}, None), after
+    rates = _speed(against, original, prompt, compute)
+    return _result(original, theirs, prompt, (str(against), None), rates, {}), after
+
+
+def _losses(
+    streamed: Streamed,
+    original: Streamed | None,
+    windows: Mapping[str, Int[Tensor, "N S"]],
+    compute: Compute,
+    progress: Progress,
+) -> dict[str, Loss]:
+    """By file. One decoder layer is in memory at a time, of one model after the other."""
+    models = [m for m in (streamed, original) if m is not None]
+    batches = [(name, part) for name, of in windows.items() for part in of.split(BATCH)]
+    mine = compute.ranks.mine(batches)
+    tick = ticker(progress, "evaluate", sum(len(m.layers) for m in models))
+    sums = {name: torch.zeros(4, dtype=torch.float64) for name in windows}
+    with tempfile.TemporaryDirectory() as scratch:
+        last = []
+        for i, m in enumerate(models):
+            whole = torch.cat([w.flatten() for w in windows.values()])[None]
+            trail = trail_of(m, whole, compute, 3 + len(models), Path(scratch))
+            folder = Path(scratch, str(i)) if trail.place == "disk" else None
+            up = walk(m, [part for _, part in mine], tick, Trail(trail.place, folder))
+            last.append(finish(up).last)
+        for b, (name, part) in enumerate(mine):
+            against = None if original is None else (original, last[1][b])
+            sums[name] += batch_sums(streamed, last[0][b], part, against)
+        for states in last:
+            states.drop()
+    return {
+        name: loss_of(
+            compute.ranks.add_up(sums[name]),
+            of.shape[0] * (of.shape[1] - 1),
+            against=original is not None,
+        )
+        for name, of in windows.items()
+    }
+
+
+def _speed(
+    model: str | Path,
+    streamed: Streamed,
+    prompt: Int[Tensor, "one S"],
+    compute: Compute,
+    *,
+    skip: bool = False,
+) -> tuple[float | None, float | None]:
+    """(prompt, decoded) tokens/s of the whole model, where it fits the device; else None."""
+    need, device = 1.2 * _memory(streamed), streamed.device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes()
+    if need > free or not compute.ranks.is_first:
+        return None, None
+    return speed(load(model, compute, skip=skip), prompt)
+
+
+def _memory(streamed: Streamed) -> int:
+    """Bytes of all parameters and buffers as they are when loaded."""
+    model = streamed.model
+    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
 
 
 def _plan_digest(path: Path) -> str | None:
@@ -134,8 +160,8 @@ def _plan_digest(path: Path) -> str | None:
         raise PlanError(f"{file} is no text ({e}); compress again") from e
 
 
-def _check_vocabularies(model: Any, original: Any, against: Any) -> None:
-    sizes = [m.config.get_text_config().vocab_size for m in (model, original or model)]
+def _check_vocabularies(model: Streamed, original: Streamed | None, against: Any) -> None:
+    sizes = [m.model.config.get_text_config().vocab_size for m in (model, original or model)]
     if sizes[0] != sizes[1]:
         raise CheckpointError(
             f"{against} knows {sizes[1]} tokens and the model {sizes[0]}; give its own original"
@@ -171,22 +197,18 @@ def evaluation_windows(
 
 
 def _result(
-    model: Any,
-    sizes: Mapping[str, Any],
+    streamed: Streamed,
     by_file: Mapping[str, Loss],
-    windows: Mapping[str, Int[Tensor, "N S"]],
+    prompt: Int[Tensor, "one S"],
     names: tuple[str, str | None],
+    rates: tuple[float | None, float | None],
     seconds: Mapping[str, float],
-    digest: str | None,
 ) -> Result:
     means = mean_loss(by_file)
     loss = means["loss_nats"]
     assert loss is not None  # every file has a loss
     if loss > MOST_NATS:
         raise DataError(f"a loss of {loss:.3g} nats a token; the checkpoint is damaged")
-    some = next(iter(windows.values()))
-    run = experts_run(model)
-    prefill, decode = speed(model, some[:1])
     return Result(
         model=names[0],
         against=names[1],
@@ -196,89 +218,14 @@ def _result(
         top1_agreement=means["top1_agreement"],
         original_loss_nats=means["original_loss_nats"],
         by_file=by_file,
-        window=some.shape[1],
-        memory_bytes=sum(
-            t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]
-        ),
-        experts_run=run,
-        prefill_tokens_per_s=prefill,
-        decode_tokens_per_s=decode,
-        device=device_name(model.device),
-        dtype=str(model.dtype).removeprefix("torch."),
+        window=prompt.shape[1],
+        memory_bytes=_memory(streamed),
+        experts_run=experts_run(streamed.model),
+        prefill_tokens_per_s=rates[0],
+        decode_tokens_per_s=rates[1],
+        device=device_name(streamed.device),
+        dtype=str(streamed.model.dtype).removeprefix("torch."),
         seconds=seconds,
-        plan_digest=digest,
-        **sizes,
+        plan_digest=_plan_digest(streamed.checkpoint.path),
+        **weigh(streamed.checkpoint),
     )
-
-
-def mean_loss(by_file: Mapping[str, Loss]) -> dict[str, float | None]:
-    """The files' means, each file counting once."""
-    out: dict[str, float | None] = {}
-    for name in ("loss_nats", "kl_nats", "top1_agreement", "original_loss_nats"):
-        values = [getattr(r, name) for r in by_file.values()]
-        out[name] = None if None in values else sum(values) / len(values)
-    return out
-
-
-def table(before: Result, after: Result) -> list[tuple[str, str, str, str]]:
-    """Rows of (what, before, after, change) for a person."""
-    rows = [
-        _row("size, MB", before.size_bytes / 1e6, after.size_bytes / 1e6, "{:.2f}", ratio=True),
-        _row(
-            "routed experts, MB",
-            before.expert_bytes / 1e6,
-            after.expert_bytes / 1e6,
-            "{:.2f}",
-            ratio=True,
-        ),
-        _row("bits a weight, nominal", before.nominal_bits, after.nominal_bits, "{:.2f}"),
-        _row("bits a weight, true", before.bits_per_weight, after.bits_per_weight, "{:.2f}"),
-        _row(
-            "bits a weight, whole model",
-            before.model_bits_per_weight,
-            after.model_bits_per_weight,
-            "{:.2f}",
-        ),
-        _row("loss, nats a token", before.loss_nats, after.loss_nats, "{:.4f}"),
-        _row("perplexity", before.perplexity, after.perplexity, "{:.3f}"),
-    ]
-    if after.kl_nats is not None and after.top1_agreement is not None:
-        rows.append(("KL to the original, nats", "0", f"{after.kl_nats:.4f}", ""))
-        rows.append(("same likeliest token", "100 %", f"{100 * after.top1_agreement:.1f} %", ""))
-    rows.append(("experts run", "100 %", f"{100 * after.experts_run:.1f} %", ""))
-    rows.append(
-        _row(
-            "prompt tokens/s",
-            before.prefill_tokens_per_s,
-            after.prefill_tokens_per_s,
-            "{:.0f}",
-            ratio=True,
-        )
-    )
-    rows.append(
-        _row(
-            "decoded tokens/s",
-            before.decode_tokens_per_s,
-            after.decode_tokens_per_s,
-            "{:.1f}",
-            ratio=True,
-        )
-    )
-    return rows
-
-
-def _row(
-    what: str, a: float, b: float, form: str, *, ratio: bool = False
-) -> tuple[str, str, str, str]:
-    change = f"x {b / a:.3f}" if ratio else f"{b - a:+.4f}" if "4" in form else f"{b - a:+.2f}"
-    return what, form.format(a), form.format(b), change
-
-
-def load_result(path: Path) -> Result:
-    """The result that was written. Raises DataError where it is damaged."""
-    try:
-        doc = json.loads(path.read_text())
-        doc["by_file"] = {k: Loss(**v) for k, v in doc["by_file"].items()}
-        return Result(**doc)
-    except (OSError, ValueError, TypeError, KeyError) as e:
-        raise DataError(f"{path} is no result of moecule evaluate ({e})") from e

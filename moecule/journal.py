@@ -62,6 +62,7 @@ class Trail:
     place: Place = "device"
     folder: Path | None = None  # of hidden states
     journal: Journal | None = None  # with one, `folder` is inside it
+    aside: torch.device | None = None  # where what a block hears goes; None: stays where it is
 
     def states(self, name: str, device: torch.device) -> States:
         """Room for the hidden states of all batches."""

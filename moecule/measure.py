@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 
 from moecule.errors import DataError
+from moecule.hf import Streamed
 
 SPEED_TOKENS = 32  # decoded one by one for the speed figure
 
@@ -55,32 +56,34 @@ def _token_losses(
     return nn.functional.cross_entropy(logits[:, :-1].mT, target, reduction="none")
 
 
-def text_loss(
-    model: Any,
-    windows: Int[Tensor, "N S"],
-    original: Any = None,
-    batch: int = 8,
-    tick: Callable[[], None] = lambda: None,
-) -> Loss:
-    """Loss over windows, and against the original model if there is one."""
+@torch.no_grad()
+def batch_sums(
+    streamed: Streamed,
+    hidden: Float[Tensor, "B S H"],
+    tokens: Int[Tensor, "B S"],
+    original: tuple[Streamed, Float[Tensor, "B S H"]] | None = None,
+) -> Float64[Tensor, " four"]:
+    """Of a batch, from what the last layers gave: loss, the original's, KL, tokens alike; summed."""
     sums = torch.zeros(4, dtype=torch.float64)
-    for part in windows.split(batch):
-        logits = _logits(model, part)
-        sums[0] += _token_losses(logits, part).double().sum().cpu()
+    for row in range(len(tokens)):  # the logits of a whole batch may not fit
+        one = tokens[row : row + 1]
+        logits = streamed.logits(hidden[row : row + 1], one)
+        sums[0] += _token_losses(logits, one).double().sum().cpu()
         if original is not None:
-            theirs = _logits(original, part).to(logits.device)
-            sums[1] += _token_losses(theirs, part).double().sum().cpu()
+            theirs = original[0].logits(original[1][row : row + 1], one)
+            sums[1] += _token_losses(theirs, one).double().sum().cpu()
             p, q = theirs[:, :-1].log_softmax(-1), logits[:, :-1].log_softmax(-1)
             sums[2] += nn.functional.kl_div(q, p, log_target=True, reduction="sum").double().cpu()
             sums[3] += (p.argmax(-1) == q.argmax(-1)).double().sum().cpu()
-        tick()
-    n = windows.shape[0] * (windows.shape[1] - 1)
-    loss, theirs_loss, kl, same = (sums / n).tolist()
+    return sums
+
+
+def loss_of(sums: Float64[Tensor, " four"], tokens: int, *, against: bool) -> Loss:
+    """The means of `batch_sums` over `tokens`. Raises DataError where the loss is not finite."""
+    loss, theirs, kl, same = (sums / tokens).tolist()
     if not math.isfinite(loss):
         raise DataError("the loss is not finite; the checkpoint is damaged or needs a wider dtype")
-    if original is None:
-        return Loss(loss, n)
-    return Loss(loss, n, kl, same, theirs_loss)
+    return Loss(loss, tokens, kl, same, theirs) if against else Loss(loss, tokens)
 
 
 @torch.no_grad()

@@ -7,9 +7,9 @@ turn; sums are added in float64, and one process writes. Files lie on a disk tha
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -81,17 +81,20 @@ def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
-@contextmanager
-def joined(cuda: bool) -> Iterator[Ranks]:
-    """The processes that torchrun started, or this one alone."""
+def join(*, cuda: bool) -> Ranks:
+    """This process among those that torchrun started, or alone."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield SOLO
-        return
+        return SOLO
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if cuda else "gloo")
-    try:
-        yield Ranks(dist.get_rank(), size)
-    finally:
+    if not dist.is_initialized():
+        # one process may be at work alone for long: writing, opening what was written afresh
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
+    return Ranks(dist.get_rank(), size)
+
+
+def leave() -> None:
+    """The end of `join`."""
+    if dist.is_initialized():
         dist.destroy_process_group()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moecule.errors import CheckpointError
 from moecule.moe import find_layers
 
-Batch = Int[Tensor, "B S"] | Mapping[str, Tensor]  # token ids, or all that the model takes
+Batch = Int[Tensor, "_B _S"] | Mapping[str, Tensor]  # token ids, or all that the model takes
 Take = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
 
 

@@ -151,15 +151,18 @@ def trail_of(
     if place == "auto":
         place = choose_place(size, copies, streamed.device)
     place = compute.ranks.share(place, 0)
+    # what a block hears is some four times as much as its input, for one layer
+    near = streamed.device.type == "cpu" or choose_place(size, 4, streamed.device) == "device"
+    aside = None if near else torch.device("cpu")
     free, want = shutil.disk_usage(folder).free, size * copies * compute.ranks.size
     if want <= DISK_SHARE * free:
-        return Trail(place, folder / f"rank_{compute.ranks.rank}")
+        return Trail(place, folder / f"rank_{compute.ranks.rank}", aside=aside)
     if place == "disk":
         raise OutputError(
             f"{folder} has {format_size(free)} left, and hidden states take {format_size(want)}; "
             "make room, or calibrate on fewer or shorter windows (--samples, --length)"
         )
-    return Trail(place)
+    return Trail(place, aside=aside)
 
 
 def load(model: str | Path, compute: Compute, *, skip: bool = False) -> Any:

@@ -22,7 +22,7 @@ from moecule.errors import OutputError
 from moecule.files import save_whole
 
 Place = Literal["device", "host", "disk"]
-SHARE = 0.25  # of free device memory, and of free host memory, that hidden states may take
+DEVICE_SHARE, HOST_SHARE = 0.25, 0.6  # of what is free, that hidden states may take
 
 
 @dataclass
@@ -39,16 +39,11 @@ class States(Sequence[Tensor]):
     _writes: list[Future[None]] = field(default_factory=list)
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
-    @property
-    def aside(self) -> torch.device | None:
-        """Where to put what is as large as these; None: where it comes to pass."""
-        return None if self.place == "device" else torch.device("cpu")
-
     def append(self, hidden: Float[Tensor, "B S H"]) -> None:
         """Take the next batch's."""
         at, held = len(self._held), hidden.detach()
         if self.place != "device" or self.folder is not None:
-            held = held.cpu().contiguous()
+            held = _to_host(held)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = _file(self.folder, at)
@@ -105,6 +100,14 @@ class States(Sequence[Tensor]):
         return found
 
 
+def _to_host(hidden: Tensor) -> Tensor:
+    if not hidden.is_cuda:
+        return hidden.contiguous()
+    # pinned: the copy there, and the one back, go at the speed of the bus
+    held = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
+    return held.copy_(hidden)
+
+
 def _load(file: Path) -> Tensor:
     try:
         held: Tensor = load_file(file)["hidden"]
@@ -121,9 +124,9 @@ def _file(folder: Path, b: int) -> Path:
 def choose_place(size_bytes: int, copies: int, device: torch.device) -> Place:
     """Where `copies` sets of hidden states of `size_bytes` each fit: the nearest with room."""
     want = size_bytes * copies
-    if device.type == "cuda" and want <= SHARE * torch.cuda.mem_get_info(device)[0]:
+    if device.type == "cuda" and want <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
         return "device"
-    return "host" if want <= SHARE * free_host_bytes() else "disk"
+    return "host" if want <= HOST_SHARE * free_host_bytes() else "disk"
 
 
 def free_host_bytes() -> int:

@@ -80,8 +80,8 @@ def calibrate(
     Raises OutputError where it holds other things.
     """
     chosen, out, ranks = _recipe(recipe), Path(out), compute.ranks
-    done = (out / "meta.json").is_file()
-    if not done:
+    done = ranks.share((out / "meta.json").is_file(), 0)
+    if not done and ranks.is_first:
         check_out(out, {p.name for p in out.glob("layer_*")} if _half_moved(out) else set())
     streamed = stream(model, compute)
     windows = calibration_windows(streamed, data, chosen.data)
@@ -284,7 +284,8 @@ def apply(
     encode = part_of("plan, encode", chosen.encode, "encode")
     source = open_checkpoint(model).path
     moved = {p.name for p in out.glob("*")} if _half_moved(out) else set()
-    check_out(out, remains(out, source) | moved)
+    if ranks.is_first:
+        check_out(out, remains(out, source) | moved)
     streamed = stream(model, compute)
     windows = calibration_windows(streamed, data, sampling)
     inputs = _inputs(streamed, windows, sampling)

@@ -110,6 +110,16 @@ def walk(
     return Walked(now, calls, found)
 
 
+def finish(up: Generator[Step, None, Walked]) -> Walked:
+    """Go the rest of the way, changing nothing."""
+    while True:
+        try:
+            next(up)
+        except StopIteration as end:
+            walked: Walked = end.value
+            return walked
+
+
 @dataclass
 class BackStep:
     """One decoder layer on the way down: `above` is the loss's gradient by the layer's outputs."""

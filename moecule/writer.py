@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from moecule.files import save_whole, write_text
 SHARD_BYTES = 4 * 2**30  # of one file, at most, unless one tensor is larger
 SINGLE_BYTES = 2**30  # a checkpoint up to here becomes one file
 SINGLE = "model.safetensors"
+OURS = re.compile(r"\..*\.(partial|lock)")  # of journal.py and files.py
 
 
 class Writer:
@@ -103,12 +105,16 @@ def move_into(made: Path, out: Path) -> None:
 
 
 def check_out(out: Path, allowed: set[str]) -> None:
-    """Raise OutputError where `out` cannot be made or holds anything but `allowed`."""
+    """Raise OutputError where `out` cannot be made or holds anything but `allowed`.
+
+    What a killed run goes on from may lie there too.
+    """
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file; name a folder that does not exist yet")
     there = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise OutputError(f"{out} cannot be made: {there} is no folder to write in; name another")
-    foreign = sorted(p.name for p in out.iterdir() if p.name not in allowed) if out.is_dir() else []
+    names = {p.name for p in out.iterdir()} if out.is_dir() else set()
+    foreign = sorted(n for n in names - allowed if not OURS.fullmatch(n))
     if foreign:
         raise OutputError(f"{out} already holds {', '.join(foreign[:4])}; name another folder")

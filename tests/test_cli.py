@@ -17,7 +17,7 @@ import torch
 import typer
 from safetensors.torch import load_file
 
-from moecule import cli, generate
+from moecule import cli, generate, show
 from moecule.recipe import load_recipe
 from moecule.verbs import Ask, calibrate, plan
 
@@ -26,11 +26,11 @@ SMALL = ("--samples", "4", "--length", "32")
 JOURNAL = re.compile(r"\..*\.partial$")
 PROGRESS = re.compile(r"(calibrate|apply|evaluate) \d+/\d+$")
 OPTIONS = {
-    "apply": "data device dtype length out samples trust-remote-code",
-    "calibrate": "data device dtype length out recipe samples set trust-remote-code",
-    "compress": "bits context data device dtype fit json length out recipe samples set size text "
-    "trust-remote-code",
-    "evaluate": "against device dtype json length skip text trust-remote-code",
+    "apply": "data device dtype length out samples states trust-remote-code",
+    "calibrate": "data device dtype length out recipe samples set states trust-remote-code",
+    "compress": "bits context data device dtype fit json length out recipe samples set size states "
+    "text trust-remote-code",
+    "evaluate": "against device dtype json length skip states text trust-remote-code",
     "generate": "device dtype seed skip temperature tokens trust-remote-code",
     "inspect": "device json recipe",
     "plan": "bits context fit out recipe set size",
@@ -138,7 +138,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 
 
 def test_progress_is_a_line_for_every_tenth_at_most(capsys):
-    with cli._bar() as progress:
+    with show.bar() as progress:
         for what, of in (("many", 1000), ("few", 3)):
             for done in range(of + 1):
                 progress(what, done, of)

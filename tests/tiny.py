@@ -23,7 +23,7 @@ from moecule.folder import write_config
 from moecule.hf import Streamed, open_model
 from moecule.plan import REST, Fate, Keep, Plan, Skip
 from moecule.recipe import part_of
-from moecule.walk import Walked, walk
+from moecule.walk import Walked, finish, walk
 from moecule.writer import SHARD_BYTES, SINGLE_BYTES, Writer
 
 BASE = {
@@ -119,14 +119,9 @@ def logits(model: Any, batch: Tensor, **how: Any) -> Tensor:
     return out
 
 
-def walked(streamed: Any, batches: list[Tensor], **how: Any) -> Walked:
+def walked(streamed: Streamed, batches: Sequence[Tensor], **how: Any) -> Walked:
     """What a walk returns."""
-    up = walk(streamed, batches, **how)
-    while True:
-        try:
-            next(up)
-        except StopIteration as end:
-            return end.value
+    return finish(walk(streamed, batches, **how))
 
 
 def moe_layers(streamed: Streamed) -> dict[int, int]:

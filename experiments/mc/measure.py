@@ -26,7 +26,6 @@ import moecule
 from moecule import online, verbs
 from moecule.apply import apply_plan
 from moecule.calibrate import collect
-from moecule.checkpoint import Writer
 from moecule.data import Sampling, all_windows, batches, read_texts
 from moecule.folder import write_config
 from moecule.inventory import take_inventory, weigh
@@ -34,7 +33,8 @@ from moecule.measure import device_name, window_losses
 from moecule.methods import odp
 from moecule.recipe import Part
 from moecule.session import Compute, load, open_checkpoint, stream, tokenizer_of
-from moecule.stats import save_stats
+from moecule.stats import save_layer, save_meta
+from moecule.writer import Writer
 
 # the widths that methods with a fixed set choose from: those around the mean
 WIDTHS = {2.5: [1, 2, 3], 2.0: [1, 2, 3], 3.0: [2, 3, 4], 1.5: [1, 2, 3], 4.0: [3, 4, 5]}
@@ -179,7 +179,7 @@ def calibrated(args: argparse.Namespace, wanted: dict[str, Any], folder: Path) -
     needs = sorted({s for r in recipes for s in r.needs()}, key=lambda s: s.name)
     streamed = stream(args.model, COMPUTE)
     windows = verbs.calibration_windows(streamed, args.data, Sampling())
-    sums = collect(streamed, batches(windows, 8), needs)
+    sums = dict(collect(streamed, batches(windows, 8), needs))
     names = {s.name for s in needs}
     for layer in sums.values():
         for name in [n for n in layer if "_b12345_" in n]:
@@ -194,7 +194,9 @@ def calibrated(args: argparse.Namespace, wanted: dict[str, Any], folder: Path) -
         "statistics": sorted(names),
         "inventory": take_inventory(streamed).as_dict(),
     }
-    save_stats(sums, folder, meta)
+    for i, layer in sums.items():
+        save_layer(layer, folder, i)
+    save_meta(meta, folder)
 
 
 def main() -> None:

@@ -1,0 +1,123 @@
+"""What was measured of a model, as a file and as a table for a person."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from moecule.errors import DataError
+from moecule.measure import Loss
+
+
+@dataclass(frozen=True)
+class Result:
+    """Everything measured of one model; `None` where there was nothing to measure it against."""
+
+    model: str
+    against: str | None
+    loss_nats: float
+    perplexity: float
+    kl_nats: float | None
+    top1_agreement: float | None
+    original_loss_nats: float | None
+    by_file: Mapping[str, Loss]
+    window: int
+    size_bytes: int  # of all tensors on disk
+    expert_bytes: int  # of the routed experts' tensors on disk
+    bits_per_weight: float  # true: routed experts' bits with scales, zeros and padding, a weight
+    nominal_bits: float  # mean code bits over the routed experts' weights, as papers count
+    model_bits_per_weight: float  # true, over all weights of the model
+    bytes_by_part: Mapping[str, int]
+    memory_bytes: int  # of all parameters and buffers as loaded
+    experts_run: float  # share of (token, expert) pairs that ran, over the text
+    prefill_tokens_per_s: float | None  # None: the whole model does not fit the device
+    decode_tokens_per_s: float | None
+    device: str
+    dtype: str
+    plan_digest: str | None = None
+    peak_memory_bytes: Mapping[str, int] = field(
+        default_factory=dict
+    )  # host and device, of compress
+    seconds: Mapping[str, float] = field(default_factory=dict)  # by verb
+
+    def dumps(self) -> str:
+        """As JSON."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+def mean_loss(by_file: Mapping[str, Loss]) -> dict[str, float | None]:
+    """The files' means, each file counting once."""
+    out: dict[str, float | None] = {}
+    for name in ("loss_nats", "kl_nats", "top1_agreement", "original_loss_nats"):
+        values = [getattr(r, name) for r in by_file.values()]
+        out[name] = None if None in values else sum(values) / len(values)
+    return out
+
+
+def table(before: Result, after: Result) -> list[tuple[str, str, str, str]]:
+    """Rows of (what, before, after, change) for a person."""
+    rows = [
+        _row("size, MB", before.size_bytes / 1e6, after.size_bytes / 1e6, "{:.2f}", ratio=True),
+        _row(
+            "routed experts, MB",
+            before.expert_bytes / 1e6,
+            after.expert_bytes / 1e6,
+            "{:.2f}",
+            ratio=True,
+        ),
+        _row("bits a weight, nominal", before.nominal_bits, after.nominal_bits, "{:.2f}"),
+        _row("bits a weight, true", before.bits_per_weight, after.bits_per_weight, "{:.2f}"),
+        _row(
+            "bits a weight, whole model",
+            before.model_bits_per_weight,
+            after.model_bits_per_weight,
+            "{:.2f}",
+        ),
+        _row("loss, nats a token", before.loss_nats, after.loss_nats, "{:.4f}"),
+        _row("perplexity", before.perplexity, after.perplexity, "{:.3f}"),
+    ]
+    if after.kl_nats is not None and after.top1_agreement is not None:
+        rows.append(("KL to the original, nats", "0", f"{after.kl_nats:.4f}", ""))
+        rows.append(("same likeliest token", "100 %", f"{100 * after.top1_agreement:.1f} %", ""))
+    rows.append(("experts run", "100 %", f"{100 * after.experts_run:.1f} %", ""))
+    rows.append(
+        _row(
+            "prompt tokens/s",
+            before.prefill_tokens_per_s,
+            after.prefill_tokens_per_s,
+            "{:.0f}",
+            ratio=True,
+        )
+    )
+    rows.append(
+        _row(
+            "decoded tokens/s",
+            before.decode_tokens_per_s,
+            after.decode_tokens_per_s,
+            "{:.1f}",
+            ratio=True,
+        )
+    )
+    return rows
+
+
+def _row(
+    what: str, a: float | None, b: float | None, form: str, *, ratio: bool = False
+) -> tuple[str, str, str, str]:
+    if a is None or b is None:
+        shown = ["does not fit" if x is None else form.format(x) for x in (a, b)]
+        return what, shown[0], shown[1], ""
+    change = f"x {b / a:.3f}" if ratio else f"{b - a:+.4f}" if "4" in form else f"{b - a:+.2f}"
+    return what, form.format(a), form.format(b), change
+
+
+def load_result(path: Path) -> Result:
+    """The result that was written. Raises DataError where it is damaged."""
+    try:
+        doc = json.loads(path.read_text())
+        doc["by_file"] = {k: Loss(**v) for k, v in doc["by_file"].items()}
+        return Result(**doc)
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise DataError(f"{path} is no result of moecule evaluate ({e})") from e

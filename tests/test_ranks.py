@@ -1,0 +1,60 @@
+"""Two processes do what one does: the sums are the same but for their order, the checkpoint is the same."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moecule.checkpoint import Checkpoint
+from moecule.ranks import Ranks
+from moecule.stats import load_stats
+
+TEXT = "The cat sat on the mat, and 7 more came by; all of them were fed.\n"
+SMALL = ("--samples", "12", "--length", "24", "--set", "data.batch=3")
+
+
+def test_the_runs_of_all_processes_are_the_whole_in_order():
+    items = list(range(11))
+    for size in (1, 2, 3, 11):
+        parts = [Ranks(rank, size).mine(items) for rank in range(size)]
+        assert sum(parts, []) == items
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def compress(model: Path, out: Path, processes: int) -> None:
+    """In fresh processes, as a user starts them; gloo, on the CPU."""
+    text = out.parent / "text.txt"
+    text.write_text(TEXT * 60)
+    verb = ["compress", str(model), "-o", str(out), "--bits", "2.5", *SMALL]
+    verb += ["--set", "group=16", "--data", str(text), "--text", str(text), "--device", "cpu"]
+    alone = [sys.executable, "-m", "moecule"]
+    many = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    many += ["--nproc-per-node", str(processes), "-m", "moecule"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [*(many if processes > 1 else alone), *verb], capture_output=True, text=True, env=env
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+def test_two_processes_write_what_one_writes(name, checkpoint, tmp_path):
+    model = checkpoint(name, tokenizer=True)
+    for n in (1, 2):
+        compress(model, tmp_path / str(n), n)
+    (one, meta), (two, meta_two) = (load_stats(tmp_path / n / "stats") for n in "12")
+    assert meta == meta_two
+    for layer, sums in one.items():
+        for key, value in sums.items():
+            torch.testing.assert_close(two[layer][key], value, rtol=1e-12, atol=0)
+    checkpoints = [Checkpoint.open(tmp_path / n) for n in "12"]
+    a, b = (c.read(list(c.tensors)) for c in checkpoints)
+    assert sorted(a) == sorted(b)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    left = [p.name for p in tmp_path.rglob(".*") if p.name.startswith(".")]
+    assert left == []
