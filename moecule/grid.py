@@ -43,34 +43,48 @@ CLIPS = {"none": NONE, "narrow": NARROW, "wide": WIDE}
 
 
 def fit(
-    w: Float[Tensor, "*E M N"],
-    bits: int,
-    group: int,
-    clip: Clip = WIDE,
-    weight: Float[Tensor, "*E 1 N"] | None = None,
+    w: Float[Tensor, "*E M N"], bits: int, group: int, clip: Clip = WIDE
 ) -> tuple[Float[Tensor, "*E M G"], Float[Tensor, "*E M G"]]:
-    """(scale, zero) of every row and group of `group` columns; the last group may be short.
+    """(scale, zero) of every row and group of `group` columns; the last group may be short."""
+    found = fit_each(w.flatten(0, -2)[None], (bits,), group, clip)
+    scale, zero = (t.view(*w.shape[:-1], -1) for t in found)
+    return scale, zero
 
-    `weight` says how much an error in each column counts.
-    """
+
+def fit_each(
+    w: Float[Tensor, "E M N"], bits: tuple[int, ...], group: int, clip: Clip = WIDE
+) -> tuple[Float[Tensor, "E M G"], Float[Tensor, "E M G"]]:
+    """(scale, zero) of weights of different widths, one each."""
     full = w.shape[-1] // group * group
     pieces = []
     for lo, hi in ((0, full), (full, w.shape[-1])):
         if lo < hi:
-            width = min(group, hi - lo)
-            part = w[..., lo:hi].float().unflatten(-1, (-1, width))
-            h = None if weight is None else weight[..., lo:hi].float().unflatten(-1, (-1, width))
-            pieces.append(_fit_groups(part, bits, clip, h))
+            pieces.append(_fit_even(w[..., lo:hi], bits, min(group, hi - lo), clip))
     scale, zero = (torch.cat(t, -1) for t in zip(*pieces, strict=True))
     return scale, zero
 
 
-def _fit_groups(
-    w: Float[Tensor, "*E M G n"], bits: int, clip: Clip, h: Tensor | None
+def _fit_even(
+    w: Float[Tensor, "E M N"], bits: tuple[int, ...], group: int, clip: Clip
 ) -> tuple[Tensor, Tensor]:
+    """Of groups that are all alike."""
+    if w.is_cuda:
+        from moecule.kernels.rounding import fit_groups
+
+        tops = torch.tensor([2.0**b - 1 for b in bits], device=w.device)
+        return fit_groups(w, tops, group, clip.multiples, clip.power, clip.refine)
+    part = w.unflatten(-1, (-1, group))
+    scale = torch.empty(part.shape[:-1], device=w.device)
+    zero = torch.empty_like(scale)
+    for b in sorted(set(bits)):
+        of = [e for e, have in enumerate(bits) if have == b]
+        scale[of], zero[of] = _fit_groups(part[of].float(), b, clip)
+    return scale, zero
+
+
+def _fit_groups(w: Float[Tensor, "E M G n"], bits: int, clip: Clip) -> tuple[Tensor, Tensor]:
     if bits == 1:
-        mean = w.abs().mean(-1) if h is None else (w.abs() * h).sum(-1) / h.sum(-1).clamp(min=TINY)
-        scale = _storable(2 * mean)
+        scale = _storable(2 * w.abs().mean(-1))
         return scale, torch.full_like(scale, 0.5)
     top = 2**bits - 1
     low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
@@ -79,16 +93,15 @@ def _fit_groups(
     for p in clip.multiples:
         s = _storable(p * (high - low) / top)
         z = _storable_zero(-p * low / s)
-        best, scale, zero = _better(w, h, bits, clip.power, (s, z), (best, scale, zero))
+        best, scale, zero = _better(w, bits, clip.power, (s, z), (best, scale, zero))
     for _ in range(clip.refine):
-        s, z = _least_squares(w, h, nearest(w, scale[..., None], zero[..., None], bits), top)
-        best, scale, zero = _better(w, h, bits, clip.power, (s, z), (best, scale, zero))
+        s, z = _least_squares(w, nearest(w, scale[..., None], zero[..., None], bits), top)
+        best, scale, zero = _better(w, bits, clip.power, (s, z), (best, scale, zero))
     return scale, zero
 
 
 def _better(
     w: Tensor,
-    h: Tensor | None,
     bits: int,
     power: float,
     tried: tuple[Tensor, Tensor],
@@ -98,19 +111,17 @@ def _better(
     (s, z), (best, scale, zero) = tried, kept
     level = (nearest(w, s[..., None], z[..., None], bits) - z[..., None]) * s[..., None]
     miss = (level - w).abs_()
-    loss = (miss * miss if power == 2 else miss**power).mul_(1 if h is None else h).sum(-1)
+    loss = (miss * miss if power == 2 else miss**power).sum(-1)
     won = loss < best
     return torch.where(won, loss, best), torch.where(won, s, scale), torch.where(won, z, zero)
 
 
-def _least_squares(w: Tensor, h: Tensor | None, q: Tensor, top: int) -> tuple[Tensor, Tensor]:
+def _least_squares(w: Tensor, q: Tensor, top: int) -> tuple[Tensor, Tensor]:
     """The scale and zero that fit weights best to the codes they have."""
-    h = torch.ones_like(w) if h is None else h.expand_as(w)
-    total = h.sum(-1).clamp(min=TINY)
-    mean_q, mean_w = (h * q).sum(-1) / total, (h * w).sum(-1) / total
+    mean_q, mean_w = q.mean(-1), w.mean(-1)
     dq = q - mean_q[..., None]
-    spread = (h * dq * dq).sum(-1)
-    scale = _storable((h * dq * (w - mean_w[..., None])).sum(-1) / spread.clamp(min=TINY))
+    spread = (dq * dq).sum(-1)
+    scale = _storable((dq * (w - mean_w[..., None])).sum(-1) / spread.clamp(min=TINY))
     zero = _storable_zero(mean_q - mean_w / scale)
     # codes that are all alike say nothing of the scale; such a try must lose, not be stored
     return scale, torch.where((spread > 0) & (zero.abs() <= 2 * top), zero, 1e4)

@@ -99,9 +99,12 @@ def histograms(
     BINS equal bins; 1 falls in the last.
     """
     at = row * BINS + (value * BINS).long().clamp(0, BINS - 1)
-    add = torch.ones_like(value) if weight is None else weight
+    if weight is None:  # whole numbers add up to the same in any order
+        counts = torch.zeros(n * BINS, dtype=torch.int64, device=at.device)
+        return counts.scatter_add_(0, at, torch.ones_like(at)).double().view(n, BINS)
     # on the CPU the order of the sum is fixed; of nothing, bincount makes integers
-    return at.cpu().bincount(add.double().cpu(), minlength=n * BINS).double().view(n, BINS)
+    sums = at.cpu().bincount(weight.double().cpu(), minlength=n * BINS).double()
+    return sums.view(n, BINS)
 
 
 def save_layer(sums: LayerStats, folder: Path, layer: int) -> None:

@@ -28,7 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moecule.errors import RecipeError
-from moecule.grid import CLIPS, Clip, fit
+from moecule.grid import CLIPS, Clip, fit_each
 from moecule.method import Method
 from moecule.packed import Packed, pack
 
@@ -66,11 +66,11 @@ def encode(
     if options.act_order:
         order = gram.diagonal(dim1=1, dim2=2).argsort(dim=-1, descending=True, stable=True)
         u = _reordered_factor(gram.float(), order, options.damp)
-        levels = _all_levels(w, gram, bits, group, clip)
+        levels = fit_each(w, bits, group, clip)
         q = _columns(w, u, bits, group, options, order, levels)
         scale, zero = levels
     else:
-        q, scale, zero = _blocks(w, u, gram, bits, group, clip, options)
+        q, scale, zero = _blocks(w, u, bits, group, clip, options)
     out = []
     for e, b in enumerate(bits):
         z = None if b == 1 else zero[e].half()
@@ -109,34 +109,9 @@ def _inverse_factor(gram: Float[Tensor, "N N"], damp: float) -> Float[Tensor, "N
     return inverse.flip(0, 1)
 
 
-def _levels(
-    w: Tensor, gram: Tensor, bits: tuple[int, ...], clip: Clip, at: slice
-) -> tuple[Float[Tensor, "E M"], Float[Tensor, "E M"]]:
-    """(scale, zero) of the columns `at`, one group, experts of a width together."""
-    scale, zero = (
-        torch.empty(w.shape[:2], device=w.device),
-        torch.empty(w.shape[:2], device=w.device),
-    )
-    for b in sorted(set(bits)):
-        of = [e for e, have in enumerate(bits) if have == b]
-        block = w[of, :, at]
-        s, z = fit(block, b, block.shape[-1], clip)
-        scale[of], zero[of] = s[..., 0], z[..., 0]
-    return scale, zero
-
-
-def _all_levels(
-    w: Tensor, gram: Tensor, bits: tuple[int, ...], group: int, clip: Clip
-) -> tuple[Tensor, Tensor]:
-    n = w.shape[-1]
-    found = [_levels(w, gram, bits, clip, slice(i, min(i + group, n))) for i in range(0, n, group)]
-    return torch.stack([s for s, _ in found], -1), torch.stack([z for _, z in found], -1)
-
-
 def _blocks(
     w: Float[Tensor, "E M N"],
     u: Float[Tensor, "E N N"],
-    gram: Tensor,
     bits: tuple[int, ...],
     group: int,
     clip: Clip,
@@ -144,25 +119,45 @@ def _blocks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(codes, scale, zero): group by group, levels fitted to what earlier groups left."""
     n, q = w.shape[-1], torch.empty_like(w)
-    top = torch.tensor([2.0**b - 1 for b in bits], device=w.device)[:, None]
-    inside = torch.tensor([options.feedback == "column" or b > 3 for b in bits], device=w.device)
+    tops = torch.tensor([2.0**b - 1 for b in bits], device=w.device)
+    inside = torch.tensor(
+        [float(options.feedback == "column" or b > 3) for b in bits], device=w.device
+    )
     scales, zeros = [], []
     for i in range(0, n, group):
         at = slice(i, min(i + group, n))
-        s, z = _levels(w, gram, bits, clip, at)
-        block, factor = w[:, :, at].clone(), u[:, at, at]
-        error = torch.empty_like(block)
-        for j in range(block.shape[-1]):
-            column = block[:, :, j]
-            code = (column / s + z).round_().clamp_(min=0).minimum(top)
-            q[:, :, i + j] = code
-            error[:, :, j] = (column - (code - z) * s) / factor[:, j, j, None]
-            row = factor[:, j, None, j + 1 :] * inside[:, None, None]
-            block[:, :, j + 1 :] -= error[:, :, j, None] * row
-        w[:, :, at.stop :] -= error @ u[:, at, at.stop :]
+        s, z = (t[..., 0] for t in fit_each(w[:, :, at], bits, at.stop - i, clip))
+        error = _group(w[:, :, at], u[:, at, at], (s, z), tops, inside, q[:, :, at])
+        if at.stop < n:
+            w[:, :, at.stop :].baddbmm_(error, u[:, at, at.stop :], alpha=-1)
         scales.append(s)
         zeros.append(z)
     return q, torch.stack(scales, -1), torch.stack(zeros, -1)
+
+
+def _group(
+    w: Float[Tensor, "E M n"],
+    u: Float[Tensor, "E n n"],
+    levels: tuple[Float[Tensor, "E M"], Float[Tensor, "E M"]],
+    tops: Float[Tensor, " E"],
+    inside: Float[Tensor, " E"],
+    q: Float[Tensor, "E M n"],
+) -> Float[Tensor, "E M n"]:
+    """Round the columns of one group into `q`; return their errors."""
+    s, z = levels
+    if w.is_cuda:
+        from moecule.kernels.rounding import round_columns
+
+        return round_columns(w, u, s, z, tops, inside, q)
+    block, error = w.clone(), torch.empty_like(w)
+    for j in range(w.shape[-1]):
+        column = block[:, :, j]
+        code = (column / s + z).round_().clamp_(min=0).minimum(tops[:, None])
+        q[:, :, j] = code
+        error[:, :, j] = (column - (code - z) * s) / u[:, j, j, None]
+        row = u[:, j, None, j + 1 :] * inside[:, None, None]
+        block[:, :, j + 1 :] -= error[:, :, j, None] * row
+    return error
 
 
 def _reordered_factor(gram: Tensor, order: Int[Tensor, "E N"], damp: float) -> Tensor:

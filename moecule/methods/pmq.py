@@ -25,7 +25,7 @@ Differences from the paper:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -68,24 +68,28 @@ def trial(options: Options) -> Statistic:
     clip, add = CLIPS[options.clip], of[options.error]
 
     def measure(expert: Expert) -> Callable[[Seen], Float[Tensor, " bits"]]:
-        rounded = [
-            replace(
-                expert,
-                gate_up=quantized(expert.gate_up, b, options.group, clip),
-                down=quantized(expert.down, b, options.group, clip),
-            )
-            for b in options.bits
-        ]
+        up, down = (
+            torch.stack([quantized(w, b, options.group, clip) for b in options.bits])
+            for w in (expert.gate_up, expert.down)
+        )
 
-        def losses(seen: Seen) -> Float[Tensor, " bits"]:
-            misses = (seen.coef[:, None] * (r(seen.x) - seen.out) for r in rounded)
-            return torch.stack([add(seen, miss.double()) for miss in misses])
+        def losses(seen: Seen) -> Float[Tensor, " bits"]:  # all widths at once: [bits, t, H]
+            act = expert.gate(_linear(seen.x, up, expert.gate_up_bias))
+            miss = seen.coef[:, None] * (_linear(act, down, expert.down_bias) - seen.out)
+            return torch.stack([add(seen, m.double()) for m in miss])
 
         return losses
 
     widths = "".join(map(str, options.bits))
     name = f"trial_{options.error}_{options.clip}_b{widths}_g{options.group}"
     return Statistic(name, of_expert=measure, backward=options.error == "fisher")
+
+
+def _linear(
+    x: Float[Tensor, "*bits t N"], w: Float[Tensor, "bits M N"], bias: Float[Tensor, " M"] | None
+) -> Float[Tensor, "bits t M"]:
+    out = x @ w.mT
+    return out if bias is None else out + bias
 
 
 def _fisher(seen: Seen, miss: Float[Tensor, "t H"]) -> Float[Tensor, ""]:
