@@ -164,3 +164,17 @@ def quantized(
     q, scale, zero = round_to_nearest(w, bits, group, clip)
     n = w.shape[-1]
     return ((q - spread(zero, group, n)) * spread(scale, group, n)).to(w.dtype)
+
+
+def quantized_at(
+    w: Float[Tensor, "M N"], bits: tuple[int, ...], group: int, clip: Clip = WIDE
+) -> Float[Tensor, "bits M N"]:
+    """As `quantized`, at each of the widths."""
+    n = w.shape[-1]
+    scale, zero = (
+        spread(t, group, n) for t in fit_each(w.expand(len(bits), *w.shape), bits, group, clip)
+    )
+    q, wide = torch.empty_like(scale), w.float()
+    for k, b in enumerate(bits):
+        q[k] = nearest(wide, scale[k], zero[k], b)
+    return q.sub_(zero).mul_(scale).to(w.dtype)

@@ -6,54 +6,55 @@ in float32; only sums over a group may come in another order.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
-from triton.language.extra import libdevice
 
 TINY = tl.constexpr(2.0**-24)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _storable(scale: Any) -> Any:
+@triton.jit
+def _rint(x):
+    # beside this number floats are whole, so the sum is rounded to even; larger x are clamped anyway
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _storable(scale):
     return tl.minimum(tl.maximum(scale, TINY), 6e4).to(tl.float16).to(tl.float32)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _storable_zero(zero: Any) -> Any:
+@triton.jit
+def _storable_zero(zero):
     return tl.minimum(tl.maximum(zero, -6e4), 6e4).to(tl.float16).to(tl.float32)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _nearest(w: Any, scale: Any, zero: Any, top: Any) -> Any:
-    q = libdevice.rint(tl.div_rn(w, scale[:, None]) + zero[:, None])
+@triton.jit
+def _nearest(w, scale, zero, top):
+    q = _rint(tl.div_rn(w, scale[:, None]) + zero[:, None])
     return tl.minimum(tl.maximum(q, 0.0), top)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _loss(
-    w: Any, scale: Any, zero: Any, top: Any, power: Any, inside: Any, squares: tl.constexpr
-) -> Any:
+@triton.jit
+def _loss(w, scale, zero, top, power, inside, squares: tl.constexpr):
     q = _nearest(w, scale, zero, top)
     miss = tl.abs((q - zero[:, None]) * scale[:, None] - w)
     if squares:  # noqa: SIM108 - decided when the kernel is compiled
         miss = miss * miss
     else:
-        miss = libdevice.pow(miss, power)
+        miss = tl.exp2(power * tl.log2(tl.maximum(miss, 1e-30)))
     return tl.sum(tl.where(inside, miss, 0.0), 1)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _fit_kernel(
-    w_ptr: Any, top_ptr: Any, multiple_ptr: Any, scale_ptr: Any, zero_ptr: Any,
-    rows: Any, rows_per_top: Any, row_stride: Any, group_stride: Any, groups: Any, n_multiples: Any,
-    power: Any, n: tl.constexpr, width: tl.constexpr, block: tl.constexpr, refine: tl.constexpr,
+    w_ptr, top_ptr, multiple_ptr, scale_ptr, zero_ptr,
+    rows, rows_per_top, row_stride, group_stride, groups, power,
+    n_multiples: tl.constexpr, n: tl.constexpr, width: tl.constexpr, block: tl.constexpr, refine: tl.constexpr,
     squares: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     row = tl.program_id(0) * block + tl.arange(0, block)
     group, column = tl.program_id(1), tl.arange(0, width)
     inside = (row < rows)[:, None] & (column < n)[None, :]
@@ -61,41 +62,40 @@ def _fit_kernel(
     w = tl.load(w_ptr + at, mask=inside, other=0.0).to(tl.float32)
     # all rows of a block are of one expert
     top = tl.load(top_ptr + (tl.program_id(0) * block) // rows_per_top)
-    if top == 1.0:
-        scale = _storable(2.0 * tl.div_rn(tl.sum(tl.abs(w), 1), tl.full((block,), n, tl.float32)))
-        zero = tl.full((block,), 0.5, tl.float32)
-    else:
-        low = tl.minimum(tl.min(w, 1), 0.0)
-        high = tl.maximum(tl.max(w, 1), 0.0)
-        tops = tl.zeros((block,), tl.float32) + top
-        scale = tl.full((block,), 1.0, tl.float32)
-        zero = tl.zeros((block,), tl.float32)
-        best = tl.full((block,), float("inf"), tl.float32)
-        for i in range(n_multiples):
-            p = tl.load(multiple_ptr + i)
-            s = _storable(tl.div_rn(p * (high - low), tops))
-            z = _storable_zero(tl.div_rn(-p * low, s))
-            loss = _loss(w, s, z, top, power, inside, squares)
-            won = loss < best
-            best = tl.where(won, loss, best)
-            scale = tl.where(won, s, scale)
-            zero = tl.where(won, z, zero)
-        total = tl.full((block,), n, tl.float32)
-        for _ in tl.static_range(refine):
-            q = _nearest(w, scale, zero, top)
-            mean_q = tl.div_rn(tl.sum(tl.where(inside, q, 0.0), 1), total)
-            mean_w = tl.div_rn(tl.sum(w, 1), total)
-            dq = tl.where(inside, q - mean_q[:, None], 0.0)
-            spread = tl.sum(dq * dq, 1)
-            slope = tl.sum(dq * (w - mean_w[:, None]), 1)
-            s = _storable(tl.div_rn(slope, tl.maximum(spread, TINY)))
-            z = _storable_zero(mean_q - tl.div_rn(mean_w, s))
-            z = tl.where((spread > 0) & (tl.abs(z) <= 2 * top), z, 1e4)
-            loss = _loss(w, s, z, top, power, inside, squares)
-            won = loss < best
-            best = tl.where(won, loss, best)
-            scale = tl.where(won, s, scale)
-            zero = tl.where(won, z, zero)
+    low = tl.minimum(tl.min(w, 1), 0.0)
+    high = tl.maximum(tl.max(w, 1), 0.0)
+    tops = tl.zeros((block,), tl.float32) + top
+    scale = tl.full((block,), 1.0, tl.float32)
+    zero = tl.zeros((block,), tl.float32)
+    best = tl.full((block,), float("inf"), tl.float32)
+    for i in range(n_multiples):
+        p = tl.load(multiple_ptr + i)
+        s = _storable(tl.div_rn(p * (high - low), tops))
+        z = _storable_zero(tl.div_rn(-p * low, s))
+        loss = _loss(w, s, z, top, power, inside, squares)
+        won = loss < best
+        best = tl.where(won, loss, best)
+        scale = tl.where(won, s, scale)
+        zero = tl.where(won, z, zero)
+    total = tl.full((block,), n, tl.float32)
+    for _ in tl.static_range(refine):
+        q = _nearest(w, scale, zero, top)
+        mean_q = tl.div_rn(tl.sum(tl.where(inside, q, 0.0), 1), total)
+        mean_w = tl.div_rn(tl.sum(w, 1), total)
+        dq = tl.where(inside, q - mean_q[:, None], 0.0)
+        spread = tl.sum(dq * dq, 1)
+        slope = tl.sum(dq * (w - mean_w[:, None]), 1)
+        s = _storable(tl.div_rn(slope, tl.maximum(spread, TINY)))
+        z = _storable_zero(mean_q - tl.div_rn(mean_w, s))
+        z = tl.where((spread > 0) & (tl.abs(z) <= 2 * top), z, 1e4)
+        loss = _loss(w, s, z, top, power, inside, squares)
+        won = loss < best
+        best = tl.where(won, loss, best)
+        scale = tl.where(won, s, scale)
+        zero = tl.where(won, z, zero)
+    single = _storable(2.0 * tl.div_rn(tl.sum(tl.abs(w), 1), total))
+    scale = tl.where(tops == 1.0, single, scale)
+    zero = tl.where(tops == 1.0, 0.5, zero)
     out = row.to(tl.int64) * groups + group
     tl.store(scale_ptr + out, scale, mask=row < rows)
     tl.store(zero_ptr + out, zero, mask=row < rows)
@@ -124,19 +124,19 @@ def fit_groups(
     width = max(16, triton.next_power_of_2(group))
     with torch.cuda.device(w.device):
         _fit_kernel[(e * m // block, groups)](
-            w, tops, tried, scale, zero, e * m, m, w.stride(1), group, groups, len(multiples), power,
+            w, tops, tried, scale, zero, e * m, m, w.stride(1), group, groups, power, n_multiples=len(multiples),
             n=group, width=width, block=block, refine=refine, squares=power == 2,
             enable_fp_fusion=False, num_warps=4,
         )  # fmt: skip
     return scale, zero
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _columns_kernel(
-    w_ptr: Any, u_ptr: Any, scale_ptr: Any, zero_ptr: Any, top_ptr: Any, feedback_ptr: Any,
-    q_ptr: Any, error_ptr: Any, m: Any, w_expert: Any, w_row: Any, u_expert: Any, u_row: Any,
-    q_expert: Any, q_row: Any, n: tl.constexpr, width: tl.constexpr, block: tl.constexpr,
-) -> None:  # fmt: skip
+    w_ptr, u_ptr, scale_ptr, zero_ptr, top_ptr, feedback_ptr,
+    q_ptr, error_ptr, m, w_expert, w_row, u_expert, u_row,
+    q_expert, q_row, n: tl.constexpr, width: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
     expert = tl.program_id(1).to(tl.int64)
     row, column = tl.program_id(0) * block + tl.arange(0, block), tl.arange(0, width)
     there = row < m
@@ -150,7 +150,7 @@ def _columns_kernel(
     for j in range(n):
         here = column[None, :] == j
         value = tl.sum(tl.where(here, w, 0.0), 1)
-        code = libdevice.rint(tl.div_rn(value, scale) + zero)
+        code = _rint(tl.div_rn(value, scale) + zero)
         code = tl.minimum(tl.maximum(code, 0.0), top)
         u = tl.load(u_ptr + expert * u_expert + j * u_row + column, mask=column < n, other=0.0)
         pivot = tl.sum(tl.where(column == j, u, 0.0), 0)

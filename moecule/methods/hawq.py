@@ -25,7 +25,7 @@ from torch import Tensor
 
 from moecule.errors import RecipeError
 from moecule.experts import Expert
-from moecule.grid import WIDE, quantized
+from moecule.grid import WIDE, quantized_at
 from moecule.method import Method
 from moecule.stats import COUNT, Seen, Statistic, Stats
 
@@ -43,9 +43,7 @@ def sensitivity(options: Options) -> Statistic:
 
     def measure(expert: Expert) -> Callable[[Seen], Float[Tensor, " bits"]]:
         weights = (expert.gate_up, expert.down)
-        changes = torch.stack([
-            torch.stack([_change(w, b, options.group) for w in weights]) for b in options.bits
-        ])  # fmt: skip
+        changes = torch.stack([_changes(w, options) for w in weights], -1)
 
         def traces(seen: Seen) -> Float[Tensor, " bits"]:
             sums = [2 * x.double().square().mean(-1).sum() for x in (seen.x, seen.act)]
@@ -57,8 +55,9 @@ def sensitivity(options: Options) -> Statistic:
     return Statistic(f"hawq_b{widths}_g{options.group}", of_expert=measure)
 
 
-def _change(w: Float[Tensor, "M N"], bits: int, group: int) -> Float[Tensor, ""]:
-    return (w - quantized(w, bits, group, WIDE)).double().square().sum()
+def _changes(w: Float[Tensor, "M N"], options: Options) -> Float[Tensor, " bits"]:
+    rounded = quantized_at(w, options.bits, options.group, WIDE)
+    return (w - rounded).double().square().sum((1, 2))
 
 
 def allocate(stats: Stats, mean_bits: float, options: Options) -> dict[int, tuple[int, ...]]:

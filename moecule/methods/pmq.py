@@ -29,14 +29,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
 from moecule.errors import RecipeError
 from moecule.experts import Expert
-from moecule.grid import CLIPS, quantized
+from moecule.grid import CLIPS, quantized_at
 from moecule.method import Method
 from moecule.stats import COUNT, MASS, Seen, Statistic, Stats
 
@@ -61,22 +60,22 @@ class Options:
 def trial(options: Options) -> Statistic:
     """[E, len(bits)]: the error of the block's output with one expert rounded."""
     of: dict[str, Callable[[Seen, Tensor], Tensor]] = {
-        "norm": lambda s, miss: miss.square().sum().sqrt(),
-        "squared": lambda s, miss: miss.square().sum(),
+        "norm": lambda s, miss: miss.square().sum((1, 2)).sqrt(),
+        "squared": lambda s, miss: miss.square().sum((1, 2)),
         "fisher": _fisher,
     }
     clip, add = CLIPS[options.clip], of[options.error]
 
     def measure(expert: Expert) -> Callable[[Seen], Float[Tensor, " bits"]]:
         up, down = (
-            torch.stack([quantized(w, b, options.group, clip) for b in options.bits])
+            quantized_at(w, options.bits, options.group, clip)
             for w in (expert.gate_up, expert.down)
         )
 
         def losses(seen: Seen) -> Float[Tensor, " bits"]:  # all widths at once: [bits, t, H]
             act = expert.gate(_linear(seen.x, up, expert.gate_up_bias))
             miss = seen.coef[:, None] * (_linear(act, down, expert.down_bias) - seen.out)
-            return torch.stack([add(seen, m.double()) for m in miss])
+            return add(seen, miss.double())
 
         return losses
 
@@ -92,9 +91,9 @@ def _linear(
     return out if bias is None else out + bias
 
 
-def _fisher(seen: Seen, miss: Float[Tensor, "t H"]) -> Float[Tensor, ""]:
+def _fisher(seen: Seen, miss: Float[Tensor, "bits t H"]) -> Float[Tensor, " bits"]:
     assert seen.grad is not None  # the statistic says backward
-    return (seen.grad.double() * miss).sum(-1).square().sum()
+    return (seen.grad.double() * miss).sum(-1).square().sum(-1)
 
 
 def needs(options: Options) -> tuple[Statistic, ...]:
