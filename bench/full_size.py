@@ -107,10 +107,14 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--recipe", default="mc")
     parser.add_argument("--states", default="auto")
+    parser.add_argument("--experts", type=int, help="fewer, so that more layers fit the disk")
     parser.add_argument("--dir", default=None)
     parser.add_argument("-o", "--out", required=True)
     args = parser.parse_args()
-    shape = SHAPES[args.shape]
+    shape = dict(SHAPES[args.shape])
+    for key in ("num_experts", "num_local_experts"):
+        if args.experts and key in shape:
+            shape[key] = args.experts
     with tempfile.TemporaryDirectory(dir=args.dir) as scratch:
         folder = Path(scratch, "model")
         folder.mkdir()

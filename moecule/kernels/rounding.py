@@ -52,8 +52,8 @@ def _loss(w, scale, zero, top, power, inside, squares: tl.constexpr):
 def _fit_kernel(
     w_ptr, top_ptr, multiple_ptr, scale_ptr, zero_ptr,
     rows, rows_per_top, row_stride, group_stride, groups, power,
-    n_multiples: tl.constexpr, n: tl.constexpr, width: tl.constexpr, block: tl.constexpr, refine: tl.constexpr,
-    squares: tl.constexpr,
+    n_multiples: tl.constexpr, n: tl.constexpr, width: tl.constexpr, block: tl.constexpr,
+    refine: tl.constexpr, squares: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * block + tl.arange(0, block)
     group, column = tl.program_id(1), tl.arange(0, width)
@@ -124,8 +124,8 @@ def fit_groups(
     width = max(16, triton.next_power_of_2(group))
     with torch.cuda.device(w.device):
         _fit_kernel[(e * m // block, groups)](
-            w, tops, tried, scale, zero, e * m, m, w.stride(1), group, groups, power, n_multiples=len(multiples),
-            n=group, width=width, block=block, refine=refine, squares=power == 2,
+            w, tops, tried, scale, zero, e * m, m, w.stride(1), group, groups, power,
+            n_multiples=len(multiples), n=group, width=width, block=block, refine=refine, squares=power == 2,
             enable_fp_fusion=False, num_warps=4,
         )  # fmt: skip
     return scale, zero
