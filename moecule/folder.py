@@ -5,6 +5,7 @@ python -m moecule.folder FOLDER PROBE      opens FOLDER afresh and compares logi
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -17,13 +18,14 @@ import torch
 from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from moecule import runtime
 from moecule.apply import Applied, is_stock
 from moecule.checkpoint import INDEX, Checkpoint
 from moecule.errors import VerifyError
-from moecule.family import Family
+from moecule.family import Family, text_part
+from moecule.hf import auto_class
 from moecule.plan import Keep, Plan
 
 REQUIRED = "moecule_required"
@@ -66,11 +68,12 @@ def write_config(
     folder: Path, source: Checkpoint, family: Family, plan: Plan, done: Applied
 ) -> None:
     """config.json and all that is neither weights nor stats, into `folder`."""
-    config = dict(source.config)
+    config = copy.deepcopy(source.config)
     if is_stock(plan):
         config.pop("auto_map", None)  # names code that is not copied, and not needed
         kept = sum(isinstance(f, Keep) for f in next(iter(plan.layers.values())))
-        config |= {key: kept for key in family.count_keys if key in config}
+        text = text_part(config)
+        text |= {key: kept for key in family.count_keys if key in text}
     else:
         config |= _packed_config(source, plan, done)
         (folder / f"{REQUIRED}.py").write_text(REQUIRED_CODE)
@@ -170,7 +173,8 @@ def verify(
 
 def _child(folder: str, probe: str, dtype: str, device: str) -> None:
     want: Mapping[str, Tensor] = load_file(probe)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
+    auto = auto_class(type(AutoConfig.from_pretrained(folder)))
+    model = auto.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
     with torch.no_grad():
         got = model(want["tokens"].to(device)).logits.float().cpu()
     apart, size = (got - want["logits"]).norm(), want["logits"].norm()

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from moecule import online
 from moecule.budget import format_size
@@ -22,6 +22,7 @@ from moecule.family import load_family
 from moecule.hf import (
     PACKED,
     Streamed,
+    auto_class,
     choose_experts,
     names_in_memory,
     open_model,
@@ -176,17 +177,15 @@ def load(model: str | Path, compute: Compute, *, skip: bool = False) -> Any:
     device = compute.torch_device()
     packed = checkpoint.config["model_type"] == PACKED
     own_code = "auto_map" in checkpoint.config and not packed
-    # a compressed model brings its own, and so may code that comes with a model
-    own_experts = packed or (own_code and compute.trust_remote_code)
-    experts = {} if own_experts else {"experts_implementation": "grouped_mm"}
     try:
         with quiet():
-            loaded, told = AutoModelForCausalLM.from_pretrained(
+            trust = compute.trust_remote_code
+            settings = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust)
+            loaded, told = auto_class(type(settings)).from_pretrained(
                 checkpoint.path,
                 dtype=compute.torch_dtype(checkpoint.config),
-                trust_remote_code=compute.trust_remote_code,
+                trust_remote_code=trust,
                 output_loading_info=True,
-                **experts,
             )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as e:
         refused = own_code and not compute.trust_remote_code

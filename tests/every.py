@@ -48,13 +48,24 @@ INKLING = {
     "rel_extent": 16, "sliding_window_size": 8, "conv_kernel_size": 2,
 }  # fmt: skip
 MAMBA = {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16}
-TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+TOWER = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 PATCHES = {**TOWER, "patch_size": 4, "image_size": 16}
 DEEP = {
     "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 4,
     "out_hidden_size": 32, "num_position_embeddings": 16,
 }  # fmt: skip
-GEMMA = {**TOWER, "patch_size": 4, "num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 16}
+GEMMA = {
+    **TOWER,
+    "patch_size": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "position_embedding_size": 16,
+}
 SAM = {
     "hidden_size": 16, "output_channels": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
     "image_size": 64, "mlp_dim": 16, "downsample_channels": [8, 16], "global_attn_indexes": [0],

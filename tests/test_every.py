@@ -8,7 +8,6 @@ import tiny
 import torch
 
 
-
 def test_every_family_that_transformers_serves_has_a_tiny_model_or_is_named_as_untried():
     assert set(every.served()) - set(every.MODELS) == set()
 

@@ -1,1 +1,29 @@
-"""One file a model family; the file name is the model_type of config.json."""
+"""One file a model family; the file name is the model_type of config.json.
+
+Families that are known and not served are here, with the reason.
+"""
+
+_OWN = "transformers runs its experts in code of their own, not through its experts interface"
+_HANDED = "a layer hands more than hidden states to the next one"
+
+REFUSED = {
+    "dbrx": _OWN,
+    "deepseek_v4": "transformers writes its last norm under a name that it does not read back",
+    "diffusion_gemma": "it denoises blocks of text; there is no next token to predict",
+    "doge": _OWN,
+    "ernie4_5_vl_moe": "its layers have two sets of experts, for text and for images",
+    "glm5_next": _HANDED,
+    "glm_moe_dsa": _HANDED,
+    "hy_v4": _HANDED,
+    "inkling2": _HANDED,
+    "jetmoe": _OWN,
+    "llama4": _OWN,
+    "longcat_flash": _OWN,
+    "mistral_large4": _HANDED,
+    "nllb_moe": _OWN,
+    "openai_privacy_filter": "it labels tokens; there is no next token to predict",
+    "qwen3_omni_moe": "it is two models, a thinker and a talker; give the thinker by itself",
+    "step3p7": _OWN,
+    "switch_transformers": _OWN,
+    "zaya": _HANDED,
+}
