@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from functools import cache
 from pathlib import Path
@@ -96,7 +97,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {
         **MLA, **GROUPS, "num_experts": 8, "layer_group_size": 2, "head_dim": 8, "num_mtp_layers": 0,
     },
-    "beam": {"num_experts": 8, **GROUPS},
+    "beam": {"num_experts": 8, **GROUPS, **DENSE_FIRST},
     "cohere2_moe": {"num_experts": 8, "intermediate_size": 16, "num_shared_experts": 1, **SLIDING},
     "deepseek_ocr2": {
         "text_config": text(
@@ -144,7 +145,7 @@ MODELS: dict[str, dict[str, Any]] = {
         **GROUPS, **DENSE_FIRST, **SLIDING, "num_experts": 8, "num_shared_experts": 1,
     },
     "flex_olmo": {"num_experts": 8, "intermediate_size": 16},
-    "flint": {"num_experts": 8, **SHARED, **SLIDING},
+    "flint": {"num_experts": 8, "mlp_only_layers": [0], **SHARED, **SLIDING},
     "gemma4": {
         "text_config": text(
             num_experts=8, enable_moe_block=True, top_k_experts=2, vocab_size_per_layer_input=64,
@@ -161,7 +162,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "glm5_next": {
         "text_config": text(
             **MLA | GROUPS | INDEXER | STREAMS | DELTA | {"qk_rope_head_dim": 0, "head_dim": 0},
-            index_kpool=4,
+            index_kpool=4, **DENSE_FIRST,
         ),
         "vision_config": {**DEEP, "image_size": 16, "projection_intermediate_size": 16},
     },
@@ -186,7 +187,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "hy_v4": {**MLA, **GROUPS, **INDEXER, **STREAMS, "head_dim": 8},
     "inkling2": {
         "text_config": text(
-            **INKLING, n_routed_experts=8, unpadded_vocab_size=64, intermediate_size=None
+            **INKLING, n_routed_experts=8, unpadded_vocab_size=64, intermediate_size=None,
+            n_layers_per_attn_res_block=2,
         ),
         "vision_config": {
             **TOWER, "patch_size": 4, "posemb_grid_size": 4, "projection_hidden_dim": 16,
@@ -268,7 +270,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "text_config": text(
             num_experts=8, hc_count=2, hc_lowrank=8, ngram_vocab_size_base=64,
             make_ngram_vocab_size_divisible_by=8, heads_per_ngram=2, split_ngram_parts=2,
-            ple_embed_dim=8, indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=8,
+            ple_embed_dim=8, ple_layer_ids=[1], indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=8,
             indexer_budget=8, indexer_compress_ratio=4, **LINEAR,
         ),
         "vision_config": DEEP,
@@ -318,23 +320,26 @@ def known() -> list[str]:
     return [t for t in MODELS if t in CONFIGS]
 
 
-def config(model_type: str) -> Any:
-    """The tiny config of the family."""
+def config(model_type: str, **changes: Any) -> Any:
+    """The tiny config of the family; `changes` are of its text part."""
     settings = MODELS[model_type]
-    whole = settings if "text_config" in settings else text(**settings)
-    return AutoConfig.for_model(model_type, **whole)
+    if "text_config" in settings:
+        whole = settings | {"text_config": settings["text_config"] | changes}
+    else:
+        whole = text(**settings | changes)
+    return AutoConfig.for_model(model_type, **copy.deepcopy(whole))
 
 
-def make(model_type: str) -> Any:
+def make(model_type: str, **changes: Any) -> Any:
     """A float32 model of the family, with weights large enough that routing is not a tie."""
     torch.manual_seed(0)
     head = getattr(transformers, headed(model_type) or "")
-    model = head._from_config(config(model_type)).eval().float()
+    model = head._from_config(config(model_type, **changes)).eval().float()
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() > 1:
                 p.normal_(0, 0.3)
-        for n, b in model.named_buffers():
+        for n, b in [*model.named_buffers(), *model.named_parameters()]:
             if n.endswith(("e_score_correction_bias", "expert_bias")):
                 b.normal_(0, 0.05)
     return model

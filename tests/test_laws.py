@@ -25,7 +25,7 @@ SUMS = (COUNT, MASS, TOKENS, HIDDEN_SQ, COSINE, NORM, odp.RATIO, odp.DAMAGE["hid
 
 def experts_of(streamed: Any) -> str:
     """The implementation of experts that the walk uses: bfloat16 rounds otherwise in another."""
-    return str(streamed.model.config._experts_implementation)
+    return str(streamed.model.config.get_text_config()._experts_implementation)
 
 
 @every_family
@@ -34,7 +34,7 @@ def test_walking_equals_calling(name, dtype, checkpoint):
     batches = tiny.tokens(3)
     streamed = tiny.stream(checkpoint(name), dtype)
     hidden = tiny.walked(streamed, batches).last
-    model = tiny.load(checkpoint(name), dtype, experts_implementation=experts_of(streamed))
+    model = tiny.load(checkpoint(name), dtype, experts=experts_of(streamed))
     for batch, h in zip(batches, hidden, strict=True):
         with torch.no_grad():
             got = streamed.logits(h, batch)
@@ -178,7 +178,7 @@ def test_walking_back_gives_the_gradients_of_the_whole_model(name, checkpoint):
         with listening(moe) as heard:
             got[back.index] = torch.cat([grad for _, _, grad in back.passes(heard.live)])
     how = experts_of(streamed)
-    model = tiny.load(checkpoint(name), torch.float64, experts_implementation=how)
+    model = tiny.load(checkpoint(name), torch.float64, experts=how)
     streamed.model = model  # so that streamed.moe finds the blocks of the whole model
     moes = [streamed.moe(i) for i in sorted(got)]
     want = gradients_of_the_whole(model, moes, batches)

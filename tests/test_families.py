@@ -1,0 +1,97 @@
+"""Every family that transformers serves: what of the laws holds is what is said of it."""
+
+from __future__ import annotations
+
+import every
+import pytest
+import test_laws as laws
+import test_laws_written as written
+import tiny
+import torch
+
+from moecule.errors import CheckpointError
+from moecule.families import REFUSED
+from moecule.family import family_names, load_family
+
+SERVED = sorted(set(family_names()) & set(every.known()))
+OTHERS = [name for name in SERVED if name not in tiny.FAMILIES]  # not gone through elsewhere
+each = pytest.mark.parametrize("name", OTHERS)
+
+
+@each
+def test_walking_equals_calling(name, checkpoint):
+    laws.test_walking_equals_calling(name, torch.float32, checkpoint)
+
+
+@each
+def test_listening_changes_nothing(name, checkpoint):
+    laws.test_listening_changes_nothing_and_hears_what_the_experts_say(name, checkpoint)
+
+
+@pytest.mark.slow
+@each
+def test_all_laws_of_what_is_heard(name, checkpoint):
+    if name not in ("gemma4", "phimoe"):  # gemma4 scales by expert, phimoe masks before each choice
+        laws.test_a_tokens_coefficients_are_its_probabilities_up_to_a_factor(name, checkpoint)
+    laws.test_every_statistic_is_a_finite_float64_sum_by_expert_or_layer(name, checkpoint)
+
+
+@pytest.mark.slow
+@each
+def test_gradients(name, checkpoint):
+    laws.test_walking_back_gives_the_gradients_of_the_whole_model(name, checkpoint)
+
+
+@pytest.mark.slow
+@each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bytes(name, dtype, checkpoint):
+    written.test_reading_and_writing_back_gives_the_same_bytes(name, dtype, checkpoint)
+
+
+@pytest.mark.slow
+@each
+def test_keep_everything(name, checkpoint, tmp_path):
+    written.test_a_plan_that_keeps_everything_gives_the_same_tensors(name, checkpoint, tmp_path)
+
+
+@pytest.mark.slow
+@each
+@pytest.mark.parametrize("fate", [written.uniform, written.ragged])
+def test_dropping(name, fate, checkpoint, tmp_path):
+    written.test_dropping_experts_equals_masking_them_in_the_router(
+        name, fate, checkpoint, tmp_path
+    )
+
+
+@pytest.mark.slow
+@each
+def test_packed(name, checkpoint, tmp_path):
+    written.test_a_packed_checkpoint_loads_as_what_was_walked(name, checkpoint, tmp_path)
+
+
+@pytest.mark.slow
+@each
+def test_rounded(name, checkpoint, tmp_path):
+    written.test_loaded_weights_are_the_rounded_ones_bit_for_bit(
+        name, torch.float32, checkpoint, tmp_path
+    )
+
+
+@pytest.mark.slow
+@each
+@pytest.mark.parametrize("fate", [written.mixed, written.uniform, written.ragged])
+def test_bytes(name, fate, checkpoint, tmp_path):
+    written.test_a_plans_bytes_are_the_files_bytes(name, fate, checkpoint, tmp_path)
+
+
+@pytest.mark.slow
+@each
+def test_untouched(name, checkpoint):
+    written.test_leaving_everything_costs_what_the_original_weighs(name, checkpoint)
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_a_refused_family_says_why(name):
+    with pytest.raises(CheckpointError, match=f"'{name}' is not served: "):
+        load_family(name)
