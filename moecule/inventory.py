@@ -15,6 +15,7 @@ from moecule.moe import Moe, by_expert, experts_of, find_layers, find_moe
 from moecule.names import names_in_memory, sizes_in_memory
 from moecule.plan import REST
 
+UNSEEN = "dt_proj"  # Mamba multiplies by its weight and does not call it: it stays as it is
 PARTS = ("experts", *REST, "embeddings", "other")
 
 
@@ -29,7 +30,7 @@ def rest_parts(model: Any, family: Family, i: int) -> dict[str, str]:
         if module in routing:
             if getattr(module, "weight", None) is not None and module.weight.dim() == 2:
                 out[name] = "router"
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear) and not name.endswith(UNSEEN):
             # experts may lie in the layer itself, which is the block then
             inside = any(name.startswith(b) and (b or "attn" not in name) for b in blocks)
             part = "shared" if inside and moe is not None else "dense" if inside else "attention"
@@ -103,7 +104,8 @@ def part_of_tensor(name: str, model: Any, family: Family) -> str:
         return "embeddings" if model.get_submodule(module) in ends else "other"
     number, _, inside = module.removeprefix(prefix).partition(".")
     moe = find_moe(find_layers(model)[1][int(number)], family)
-    if moe is not None and f"{inside}.".startswith(f"{moe.prefix}experts."):
+    own = "" if moe is None else f"{moe.prefix}experts"
+    if moe is not None and (inside == own or inside.startswith(f"{own}.packed.")):
         return "experts"
     if moe is not None and f"{inside}.{leaf}" in {moe.prefix + v for v in _router_vectors(moe)}:
         return "router"

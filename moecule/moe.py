@@ -203,7 +203,7 @@ def listening(
         if out.requires_grad:
             heard.live.append(out)
 
-    def on_router(module: Any, args: Any, out: tuple[Tensor, Tensor, Tensor]) -> None:
+    def on_router(module: Any, args: Any, out: tuple[Tensor, ...]) -> None:
         if outputs:
             heard.logits.append(heard.keep(out[0].float()))
 

@@ -66,9 +66,11 @@ def test_listening_changes_nothing_and_hears_what_the_experts_say(name, checkpoi
         moe = streamed.moe(step.index)
         if moe is None:
             continue
-        unheard = [
-            call[step.index](step.layer, x) for call, x in zip(step.calls, step.inputs, strict=True)
-        ]
+        with torch.no_grad():  # as the walk has it: convolutions round otherwise with gradients
+            unheard = [
+                call[step.index](step.layer, x)
+                for call, x in zip(step.calls, step.inputs, strict=True)
+            ]
         with listening(moe) as heard:
             step.run()
         assert all(map(torch.equal, step.outputs, unheard))
@@ -184,7 +186,8 @@ def test_walking_back_gives_the_gradients_of_the_whole_model(name, checkpoint):
     want = gradients_of_the_whole(model, moes, batches)
     for i, grad in zip(sorted(got), want, strict=True):
         assert grad.abs().max() > 1e-3
-        torch.testing.assert_close(got[i], grad, rtol=1e-6, atol=1e-8)
+        # most norms are in float32, whatever the model is in
+        torch.testing.assert_close(got[i], grad, rtol=1e-5, atol=1e-6 * float(grad.abs().max()))
 
 
 @every_family

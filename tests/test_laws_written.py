@@ -37,12 +37,12 @@ def mixed(layer: int, e: int) -> Fate:
 
 def uniform(layer: int, e: int) -> Fate:
     """The same number of experts everywhere, not the same experts."""
-    return Drop() if e % 4 == layer else Keep()
+    return Drop() if e % 4 == layer % 3 else Keep()
 
 
 def ragged(layer: int, e: int) -> Fate:
     """Another number of experts in every layer, all as they were."""
-    return Drop() if e % 4 < layer else Keep()
+    return Drop() if e % 4 < layer % 3 else Keep()
 
 
 def bytes_of(t: Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
