@@ -50,7 +50,7 @@ class Family:
 
     def n_groups(self, config: Any) -> int:
         """Groups of experts that the router picks among; 1 where it picks experts at once."""
-        return (self.groups and getattr(config, self.groups, 1)) or 1
+        return int(getattr(config, self.groups, None) or 1) if self.groups else 1
 
 
 def load_family(model_type: str) -> Family:

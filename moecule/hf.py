@@ -28,6 +28,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as hf_logging
 
 from moecule.checkpoint import Checkpoint
@@ -220,6 +221,12 @@ def auto_class(config: type) -> Any:
     """The Auto class that makes the whole model of a class of configs."""
     known = (auto for auto in AUTO if config in auto._model_mapping)
     return next(known, AutoModelForCausalLM)  # code that comes with a model names this one
+
+
+def auto_name(model_type: str) -> str:
+    """Of the Auto class that makes the whole model of a type."""
+    name: str = auto_class(CONFIG_MAPPING[model_type]).__name__
+    return name
 
 
 def choose_experts(model: Any) -> None:

@@ -24,12 +24,12 @@ from moecule.hf import (
     Streamed,
     auto_class,
     choose_experts,
-    names_in_memory,
     open_model,
     quiet,
     skeleton,
 )
 from moecule.journal import Trail
+from moecule.names import names_in_memory
 from moecule.ranks import SOLO, Ranks
 from moecule.runtime import PackedConfig, prepare_model
 from moecule.states import Place, choose_place
