@@ -61,7 +61,7 @@ def _warn_of(left: list[str], model: Any, checkpoint: Checkpoint) -> None:
     ):
         if names:
             warnings.warn(
-                f"{checkpoint.path} holds {len(names)} tensors ({names[0]}, ...) that {why}; they are "
+                f"{checkpoint.path} holds {len(names)} tensors (such as {names[0]}) that {why}; they are "
                 "left out of what is written",
                 stacklevel=2,
             )

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import copy
-import re
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 from transformers import AutoConfig
-from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES as CONFIGS
-from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 BASE: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16,
@@ -284,37 +279,6 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@cache
-def served() -> dict[str, str]:
-    """{model_type: module} whose experts run through the experts interface, as a whole model.
-
-    A module's own parts (`x_text`, `x_vision`) are left out where `x` is a model itself.
-    """
-    models = Path(transformers.__file__).parent / "models"
-    modules = {
-        file.parent.name
-        for file in models.glob("*/modeling_*.py")
-        if re.search(r"^@use_experts_implementation", file.read_text(), re.MULTILINE)
-    }
-    types = {t: m for t in CONFIGS if (m := model_type_to_module_name(t)) in modules and headed(t)}
-    whole = {re.sub(r"_mm_model$", "", t) for t in types if not t.endswith("_text")}
-    return {
-        t: m for t, m in types.items() if not (t.endswith("_text") and t[: -len("_text")] in whole)
-    }
-
-
-HEADS = ("IMAGE_TEXT_TO_TEXT", "CAUSAL_LM", "MULTIMODAL_LM", "TOKEN_CLASSIFICATION")
-
-
-def headed(model_type: str) -> str | None:
-    """The class with a head that transformers gives the type: the whole model before a part of it."""
-    for head in HEADS:
-        names = getattr(modeling_auto, f"MODEL_FOR_{head}_MAPPING_NAMES")
-        if model_type in names:
-            return str(names[model_type])
-    return None
-
-
 def known() -> list[str]:
     """Those of MODELS that this transformers has."""
     return [t for t in MODELS if t in CONFIGS]
@@ -332,8 +296,10 @@ def config(model_type: str, **changes: Any) -> Any:
 
 def make(model_type: str, **changes: Any) -> Any:
     """A float32 model of the family, with weights large enough that routing is not a tie."""
+    from moecule.catalogue import head_of  # after what tiny.py imports before moecule
+
     torch.manual_seed(0)
-    head = getattr(transformers, headed(model_type) or "")
+    head = getattr(transformers, head_of(model_type) or "")
     model = head._from_config(config(model_type, **changes)).eval().float()
     with torch.no_grad():
         for p in model.parameters():

@@ -7,15 +7,19 @@ import pytest
 import tiny
 import torch
 
+from moecule.catalogue import served_by_transformers
+from moecule.families import REFUSED
 
-def test_every_family_that_transformers_serves_has_a_tiny_model_or_is_named_as_untried():
-    assert set(every.served()) - set(every.MODELS) == set()
+
+def test_every_family_that_transformers_serves_has_a_tiny_model():
+    untried = set(served_by_transformers()) - set(every.MODELS)
+    assert untried == {"qwen3_omni_moe"}  # two models in one; every.MODELS has the thinker
 
 
-@pytest.mark.parametrize("name", every.known())
-def test_a_tiny_model_runs_and_is_the_same_after_saving_and_loading(name, tmp_path):
+@pytest.mark.parametrize("name", [n for n in every.known() if n not in REFUSED])
+def test_a_tiny_model_runs_and_is_the_same_after_saving_and_loading(name, checkpoint):
     model, (batch,) = every.make(name), tiny.tokens()
     want = every.logits(model, batch)
     assert torch.isfinite(want).all() and want.std() > 0
-    model.save_pretrained(tmp_path)
-    assert torch.equal(every.logits(type(model).from_pretrained(tmp_path), batch), want)
+    again = type(model).from_pretrained(checkpoint(name))
+    assert torch.equal(every.logits(again, batch), want)

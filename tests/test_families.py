@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
+import conform
 import every
 import pytest
 import test_laws as laws
 import test_laws_written as written
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 
+from moecule.catalogue import FOUND, catalogue, readme_table, served_by_transformers
 from moecule.errors import CheckpointError
 from moecule.families import REFUSED
 from moecule.family import family_names, load_family
+from moecule.plan import Keep
 
 SERVED = sorted(set(family_names()) & set(every.known()))
 OTHERS = [name for name in SERVED if name not in tiny.FAMILIES]  # not gone through elsewhere
@@ -91,7 +98,49 @@ def test_untouched(name, checkpoint):
     written.test_leaving_everything_costs_what_the_original_weighs(name, checkpoint)
 
 
+def test_every_law_was_run_over_every_family_that_is_said_to_be_served():
+    laws_run = json.loads(FOUND.read_text())["laws"]
+    assert sorted(laws_run) == family_names()
+    assert min(laws_run.values()) >= 14
+
+
+def test_the_table_in_the_readme_is_that_of_the_catalogue():
+    assert conform.TABLE.search(conform.README.read_text())[0] == readme_table()
+
+
+def test_the_catalogue_names_each_family_once():
+    listed = {family.name: family for family in catalogue()}
+    assert len(listed) == len(catalogue())
+    assert {f.name for f in listed.values() if f.status == "refused"} == set(REFUSED)
+    assert set(served_by_transformers()) <= set(listed)
+    assert not set(REFUSED) & set(family_names())
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_moe_text", "inkling_text", "gemma4_text"])
+def test_the_text_part_by_itself_is_of_the_same_family(name):
+    assert load_family(name).model_type.startswith(name.removesuffix("_text"))
+
+
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_a_refused_family_says_why(name):
     with pytest.raises(CheckpointError, match=f"'{name}' is not served: "):
         load_family(name)
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ("model.layers.61.mlp.gate.weight", "transformers passes over"),
+        ("model.layers.1.mlp.surprise", "has no place for"),
+    ],
+)
+def test_what_the_model_has_no_place_for_is_left_out_and_said(extra, said, checkpoint, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("deepseek_v3"), folder)
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    save_file(tensors | {extra: torch.ones(2)}, file, {"format": "pt"})
+    with pytest.warns(UserWarning, match=f"holds 1 tensors.*{extra}.*{said}.*left out"):
+        streamed = tiny.stream(folder)
+    tiny.write(streamed, tiny.plan(streamed, lambda i, e: Keep()), tmp_path / "out", tiny.tokens())
+    assert sorted(written.whole(tmp_path / "out")) == sorted(tensors)
