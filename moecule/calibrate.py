@@ -82,14 +82,14 @@ class LayerCount:
     sums: Sums = field(default_factory=dict)
 
     @torch.no_grad()
-    def add(self, hidden: Float[Tensor, "B S H"], out: Float[Tensor, "B S H"]) -> None:
+    def add(self, hidden: Float[Tensor, "B S *H"], out: Float[Tensor, "B S *H"]) -> None:
         """Raises CheckpointError where the layer's output is not finite."""
         if not torch.isfinite(out.sum(dtype=torch.float32)):
             raise CheckpointError(
                 f"layer {self.index} gives NaN or Inf on this text; the checkpoint is damaged, "
                 "or needs a wider dtype (--dtype float32)"
             )
-        seen = LayerSeen(hidden.flatten(0, -2), out.flatten(0, -2))
+        seen = LayerSeen(hidden.flatten(2).flatten(0, 1), out.flatten(2).flatten(0, 1))
         for s in self.needs:
             if s.of_layer is not None:
                 more = s.of_layer(seen).double().cpu()

@@ -29,6 +29,8 @@ class Family:
     renormalise: bool | str = True
     count_keys: tuple[str, ...] = ("num_local_experts",)  # in config.json; those present count
     groups: str | None = None  # config key: the router picks groups of experts first
+    # the argument in which a layer receives what the one before returned after the hidden states
+    takes: str | None = None
 
     def is_renormalised(self, config: Any) -> bool:
         """Whether a token's coefficients sum to a constant; `config` is of the model's text part."""

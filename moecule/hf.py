@@ -148,9 +148,9 @@ class Streamed:
         """The MoE block of layer i, or None where the layer is dense."""
         return find_moe(self.layers[i], self.family)
 
-    def logits(self, hidden: Float[Tensor, "B S H"], batch: Batch) -> Float[Tensor, "B S V"]:
+    def logits(self, hidden: Float[Tensor, "B S *H"], batch: Batch) -> Float[Tensor, "B S V"]:
         """Of the last layer's output for `batch`, in float32."""
-        return logits(self.model, hidden, batch)
+        return logits(self.model, hidden, batch, self.family.takes)
 
     def to_disk(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors by their names in memory -> by the family's names on disk, in the disk's dtype."""

@@ -14,7 +14,7 @@ from moecule.inventory import take_inventory, weigh
 from moecule.moe import experts_of, find_layers, find_moe
 from moecule.plan import Keep, Plan
 from moecule.recipe import Recipe, load_recipe
-from moecule.session import Compute, open_checkpoint, stream
+from moecule.session import Compute, open_checkpoint, state_bytes, stream
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def memory_needs(inventory: Inventory, recipe: Recipe, streamed: Streamed) -> tu
     """
     config, item = streamed.model.config.get_text_config(), streamed.model.dtype.itemsize
     tokens = recipe.data.samples * window_length(streamed.model.config, recipe.data.length)
-    state = tokens * config.hidden_size * item
+    state = tokens * state_bytes(streamed)
     backward = any(s.backward for s in recipe.needs())
     kept = len(streamed.layers) + 3 if backward else 4
     widest = max(inventory.experts.values(), key=lambda e: e.n * e.weights)

@@ -139,6 +139,14 @@ def stream_any(model: str | Path, compute: Compute, *, skip: bool = False) -> St
     return streamed
 
 
+def state_bytes(streamed: Streamed) -> int:
+    """Of what passes from one layer to the next for a token."""
+    config = streamed.model.config.get_text_config()
+    streams = getattr(config, "hc_mult", None) or getattr(config, "hc_count", None) or 1
+    handed = 8 * config.index_topk if streamed.family.takes else 0
+    return int(streams * config.hidden_size * streamed.model.dtype.itemsize + handed)
+
+
 def trail_of(
     streamed: Streamed, windows: Int[Tensor, "N S"], compute: Compute, copies: int, folder: Path
 ) -> Trail:
@@ -146,8 +154,7 @@ def trail_of(
 
     Raises OutputError where they must go to disk and there is no room in `folder`.
     """
-    width = streamed.model.config.get_text_config().hidden_size * streamed.model.dtype.itemsize
-    size = -(-windows.numel() // compute.ranks.size) * width
+    size = -(-windows.numel() // compute.ranks.size) * state_bytes(streamed)
     place = compute.states
     if place == "auto":
         place = choose_place(size, copies, streamed.device)

@@ -25,6 +25,7 @@ GROUPS = {
     "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "n_shared_experts": 1,
     "first_k_dense_replace": 1,
 }  # fmt: skip
+HANDED = {"indexer_types": ["full", "shared", "full"]}
 INDEXER = {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 8}
 STREAMS = {"hc_mult": 2, "hc_sinkhorn_iters": 2}
 SLIDING = {
@@ -157,11 +158,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "glm5_next": {
         "text_config": text(
             **MLA | GROUPS | INDEXER | STREAMS | DELTA | {"qk_rope_head_dim": 0, "head_dim": 0},
-            index_kpool=4, **DENSE_FIRST,
+            index_kpool=4, **DENSE_FIRST, **HANDED,
+            layer_types=["full_attention", "full_attention", "linear_attention"],
         ),
         "vision_config": {**DEEP, "image_size": 16, "projection_intermediate_size": 16},
     },
-    "glm_moe_dsa": {**MLA, **GROUPS, **INDEXER},
+    "glm_moe_dsa": {**MLA, **GROUPS, **INDEXER, **HANDED},
     "gpt_oss": {"num_local_experts": 8, "intermediate_size": 16, **SLIDING},
     "granitemoe": {
         "num_local_experts": 8, "intermediate_size": 16, "logits_scaling": 2.0,
@@ -179,7 +181,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 2, "intermediate_size": 16},
     "hy_v3": {"num_experts": 8, "first_k_dense_replace": 1, "num_shared_experts": 1},
-    "hy_v4": {**MLA, **GROUPS, **INDEXER, **STREAMS, "head_dim": 8},
+    "hy_v4": {**MLA, **GROUPS, **INDEXER, **HANDED, **STREAMS, "head_dim": 8},
     "inkling2": {
         "text_config": text(
             **INKLING, n_routed_experts=8, unpadded_vocab_size=64, intermediate_size=None,
