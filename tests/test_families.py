@@ -19,6 +19,7 @@ from moecule.errors import CheckpointError
 from moecule.families import REFUSED
 from moecule.family import family_names, load_family
 from moecule.plan import Keep
+from moecule.session import Compute, stream_any
 
 SERVED = sorted(set(family_names()) & set(every.known()))
 OTHERS = [name for name in SERVED if name not in tiny.FAMILIES]  # not gone through elsewhere
@@ -75,6 +76,18 @@ def test_dropping(name, fate, checkpoint, tmp_path):
 @each
 def test_packed(name, checkpoint, tmp_path):
     written.test_a_packed_checkpoint_loads_as_what_was_walked(name, checkpoint, tmp_path)
+
+
+@pytest.mark.slow
+@each
+def test_walking_what_is_packed_equals_calling_it(name, checkpoint, tmp_path):
+    out, batches = tmp_path / "out", tiny.tokens(2)
+    streamed = tiny.stream(checkpoint(name))
+    tiny.write(streamed, tiny.plan(streamed, written.mixed, rest=written.REST), out, batches)
+    packed, model = stream_any(out, Compute("cpu", "float32")), tiny.load(out)
+    for batch, hidden in zip(batches, tiny.walked(packed, batches).last, strict=True):
+        with torch.no_grad():
+            assert torch.equal(packed.logits(hidden, batch), tiny.logits(model, batch))
 
 
 @pytest.mark.slow
