@@ -83,7 +83,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "afmoe": {"num_experts": 8, "num_dense_layers": 1, "num_shared_experts": 1, **SLIDING},
     "aria": {
         "text_config": text(
-            moe_num_experts=8, moe_topk=2, intermediate_size=16, moe_num_shared_experts=1
+            model_type="aria_text", moe_num_experts=8, moe_topk=2, intermediate_size=16,
+            moe_num_shared_experts=1,
         ),
         "vision_config": {"model_type": "idefics3_vision", **PATCHES},
         "projector_patch_to_query_dict": {16: 4},

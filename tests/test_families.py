@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import conform
 import every
@@ -14,12 +15,16 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+import moecule
 from moecule.catalogue import FOUND, catalogue, readme_table, served_by_transformers
 from moecule.errors import CheckpointError
 from moecule.families import REFUSED
 from moecule.family import family_names, load_family
+from moecule.journal import HIDDEN, Trail, journal_of
 from moecule.plan import Keep
+from moecule.recipe import load_recipe
 from moecule.session import Compute, stream_any
+from moecule.walk import walk
 
 SERVED = sorted(set(family_names()) & set(every.known()))
 OTHERS = [name for name in SERVED if name not in tiny.FAMILIES]  # not gone through elsewhere
@@ -157,3 +162,34 @@ def test_what_the_model_has_no_place_for_is_left_out_and_said(extra, said, check
         streamed = tiny.stream(folder)
     tiny.write(streamed, tiny.plan(streamed, lambda i, e: Keep()), tmp_path / "out", tiny.tokens())
     assert sorted(written.whole(tmp_path / "out")) == sorted(tensors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "nemotron_h", "glm_moe_dsa", "lfm2_moe"])
+def test_compressing_and_generating(name, checkpoint, tmp_path):
+    recipe = load_recipe("mc", {"data.samples": 4, "data.length": 64})
+    cpu = Compute("cpu", "float32")
+    made = moecule.compress(
+        checkpoint(name, tokenizer=True), tmp_path / "out", recipe=recipe,
+        ask=moecule.Ask(bits=3.0), compute=cpu, text=[Path(__file__)],
+    )  # fmt: skip
+    assert made.after.nominal_bits <= 3.0
+    said = moecule.generate(tmp_path / "out", "Once", tokens=3, skip=True, compute=cpu)
+    assert said.tokens == 3 and 0.5 < said.experts_run < 1
+
+
+@pytest.mark.parametrize("place", ["host", "disk"])
+def test_a_killed_walk_goes_on_with_what_layers_hand_on(place, checkpoint, tmp_path):
+    out, batches, folder = tmp_path / "out", tiny.tokens(2), checkpoint("glm_moe_dsa")
+    want = tiny.walked(tiny.stream(folder), batches).last
+    with journal_of(out, {}) as journal:  # killed in layer 1, which takes what layer 0 handed on
+        up = walk(
+            tiny.stream(folder), batches, trail=Trail(place, journal.folder / HIDDEN, journal)
+        )
+        assert [next(up).index, next(up).index] == [0, 1]
+        up.close()
+    with journal_of(out, {}) as journal:
+        trail = Trail(place, journal.folder / HIDDEN, journal)
+        assert trail.done("up") == 1
+        found = tiny.walked(tiny.stream(folder), batches, trail=trail).last
+        assert all(map(torch.equal, found, want))
