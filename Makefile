@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # the CPU build where pip can find it; any torch >= 2.9 will do
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint conform clean
 
 $(VENV)/.ready: pyproject.toml
 	python3 -m venv $(VENV)
@@ -28,6 +28,11 @@ test: lint
 
 test-all: lint
 	$(BIN)/pytest -n 2
+
+# all laws over all families, and README's table of them
+conform: $(VENV)/.ready
+	$(BIN)/python tests/conform.py -n 2
+	$(BIN)/python tests/conform.py --readme
 
 clean:
 	rm -rf $(VENV) demo-out build dist

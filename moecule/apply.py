@@ -59,9 +59,9 @@ def check_plan(plan: Plan, streamed: Streamed) -> None:
         if len(fates) != n:
             raise PlanError(f"plan: layer {i} has {len(fates)} experts, the model has {n}")
         kept = [e for e, f in enumerate(fates) if isinstance(f, Keep)]
-        if len(kept) < moe.router.top_k:
+        if len(kept) < moe.top_k:
             raise PlanError(
-                f"plan: layer {i} keeps {len(kept)} experts, and the router picks {moe.router.top_k} "
+                f"plan: layer {i} keeps {len(kept)} experts, and the router picks {moe.top_k} "
                 "a token; keep more"
             )
         _check_groups(plan, streamed, i, n, kept)
@@ -70,14 +70,14 @@ def check_plan(plan: Plan, streamed: Streamed) -> None:
             f"plan: skip names layers {sorted(plan.skip.thresholds)}, of {sorted(moes)}"
         )
     for i, limits in (plan.skip.thresholds if plan.skip else {}).items():
-        tail = moes[i].router.top_k - 1
+        tail = moes[i].top_k - 1
         if len(limits) != tail:
             raise PlanError(f"plan: skip: layer {i} has {len(limits)} thresholds, wanted {tail}")
 
 
 def _check_groups(plan: Plan, streamed: Streamed, layer: int, n: int, kept: Sequence[int]) -> None:
-    groups = streamed.family.groups and streamed.checkpoint.config.get(streamed.family.groups)
-    if not groups or groups == 1 or len(kept) == n:
+    groups = streamed.family.n_groups(streamed.model.config.get_text_config())
+    if groups == 1 or len(kept) == n:
         return
     sizes = {sum(e * groups // n == g for e in kept) for g in range(groups)}
     if len(sizes) > 1 or min(sizes) < 2:
@@ -150,7 +150,7 @@ def _cast(streamed: Streamed, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
         dtype = streamed.dtypes.get(name)
         if dtype is None and tensor.is_floating_point():  # experts that stay, stacked anew
             owner = name.partition(".packed.")[0]
-            dtype = streamed.dtypes[f"{owner}.gate_up_proj"]
+            dtype = streamed.dtypes[f"{owner}.down_proj"]
         out[name] = tensor.to(dtype) if dtype is not None else tensor
     return out
 

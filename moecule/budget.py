@@ -95,8 +95,8 @@ def bytes_by_part(inventory: Inventory, plan: Plan) -> dict[str, int]:
                 out["router"] += e.router_bytes
     for w in inventory.weights.values():
         rows, columns = w.shape
-        if w.part == "router" and rows > 1:  # one row an expert
-            rows = sum(isinstance(f, Keep) for f in plan.layers[w.layer])
+        if w.part == "router" and rows > 1:  # one row an expert, and maybe of shared ones
+            rows -= sum(not isinstance(f, Keep) for f in plan.layers[w.layer])
         out[w.part] += _weight_bytes(rows, columns, plan.rest[w.part], w.item_bytes)
     out["embeddings"] = inventory.embedding_bytes
     out["other"] = inventory.other_bytes

@@ -82,14 +82,14 @@ class LayerCount:
     sums: Sums = field(default_factory=dict)
 
     @torch.no_grad()
-    def add(self, hidden: Float[Tensor, "B S H"], out: Float[Tensor, "B S H"]) -> None:
+    def add(self, hidden: Float[Tensor, "B S *H"], out: Float[Tensor, "B S *H"]) -> None:
         """Raises CheckpointError where the layer's output is not finite."""
         if not torch.isfinite(out.sum(dtype=torch.float32)):
             raise CheckpointError(
                 f"layer {self.index} gives NaN or Inf on this text; the checkpoint is damaged, "
                 "or needs a wider dtype (--dtype float32)"
             )
-        seen = LayerSeen(hidden.flatten(0, -2), out.flatten(0, -2))
+        seen = LayerSeen(hidden.flatten(2).flatten(0, 1), out.flatten(2).flatten(0, 1))
         for s in self.needs:
             if s.of_layer is not None:
                 more = s.of_layer(seen).double().cpu()
@@ -139,11 +139,20 @@ class _Routing:
         order = coef.argsort(dim=-1, descending=True, stable=True)
         places = torch.arange(coef.shape[1], device=coef.device).expand_as(order)
         return _Routing(
-            prob=logits.sigmoid() if scores == "sigmoid" else logits.softmax(-1),
+            prob=_probability(logits, scores),
             ratio=coef / coef.amax(-1, keepdim=True),
             rank=torch.empty_like(order).scatter_(-1, order, places),
             total=coef.sum(-1),
         )
+
+
+def _probability(logits: Float[Tensor, "T E"], scores: str) -> Float[Tensor, "T E"]:
+    """What a token thought of each expert before some were chosen; `scores` is of family.SCORES."""
+    if scores == "softmax":
+        return logits.softmax(-1)
+    if scores == "sigmoid":
+        return logits.sigmoid()
+    return torch.nn.functional.softplus(logits).sqrt() if scores == "sqrtsoftplus" else logits
 
 
 def seen_by(
@@ -157,8 +166,9 @@ def seen_by(
     A batch that gave an expert nothing is passed over; one that no batch reached sees an empty one.
     """
     experts = experts_of(moe.experts)
-    renormalised = streamed.family.is_renormalised(streamed.model.config.to_dict())
-    scores = streamed.family.scores
+    config = streamed.model.config.get_text_config()
+    renormalised = streamed.family.is_renormalised(config)
+    scores = streamed.family.scores_in(config)
     routing = [_Routing.of(g, c, scores) for g, c in zip(heard.logits, heard.coef, strict=True)]
 
     def seen(e: int, b: int, pairs: Int[Tensor, " t"]) -> Seen:

@@ -84,6 +84,21 @@ def inspect(
 
 
 @app.command()
+def families(json_: Json = False) -> None:
+    """List the model families that are served, and those that are refused and why."""
+    from moecule.catalogue import catalogue
+
+    found = catalogue()
+    if json_:
+        print_json([asdict(family) for family in found])
+        return
+    shown = Table("family", "status", "reason", box=None)
+    for family in found:
+        shown.add_row(family.name, family.status, family.reason)
+    out_console.print(shown)
+
+
+@app.command()
 def calibrate(
     model: Model,
     out: Annotated[Path, typer.Option("-o", "--out", help="The stats folder.")],

@@ -32,6 +32,7 @@ class Expert:
     gate: Gate
     gate_up_bias: Float[Tensor, " R"] | None = None
     down_bias: Float[Tensor, " H"] | None = None
+    end: Gate | None = None  # a norm of the output
 
     def act(self, x: Float[Tensor, "t H"]) -> Float[Tensor, "t F"]:
         """What enters the down projection."""
@@ -39,7 +40,8 @@ class Expert:
 
     def out(self, act: Float[Tensor, "t F"]) -> Float[Tensor, "t H"]:
         """The expert's output for its activations, before the router's coefficient."""
-        return F.linear(act, self.down, self.down_bias)
+        out = F.linear(act, self.down, self.down_bias)
+        return out if self.end is None else self.end(out)
 
     def __call__(self, x: Float[Tensor, "t H"]) -> Float[Tensor, "t H"]:
         return self.out(self.act(x))
@@ -54,6 +56,7 @@ class Experts:
     gate: Gate
     gate_up_bias: Float[Tensor, "E R"] | None = None
     down_bias: Float[Tensor, "E H"] | None = None
+    end: Gate | None = None
 
     def __len__(self) -> int:
         return len(self.gate_up)
@@ -65,6 +68,7 @@ class Experts:
             self.gate,
             None if self.gate_up_bias is None else self.gate_up_bias[e],
             None if self.down_bias is None else self.down_bias[e],
+            self.end,
         )
 
     def select(self, ids: Sequence[int]) -> Experts:
@@ -76,6 +80,7 @@ class Experts:
             self.gate,
             None if self.gate_up_bias is None else self.gate_up_bias[at],
             None if self.down_bias is None else self.down_bias[at],
+            self.end,
         )
 
     @property

@@ -8,12 +8,14 @@ keys config.json counts the experts.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from moecule.errors import CheckpointError
+
+SCORES = ("softmax", "sigmoid", "sqrtsoftplus", "probability")  # the last: given as such
+INSIDE = ("thinker_config", "text_config")  # of a multimodal model's config, on the way to the text
 
 
 @dataclass(frozen=True)
@@ -22,32 +24,63 @@ class Family:
 
     model_type: str  # as in config.json; also the file's name
     router: str = "gate"  # the experts' sibling that returns (logits, coef, index)
-    scores: Literal["softmax", "sigmoid"] = "softmax"  # of the logits of all experts
+    scores: str = "softmax"  # of SCORES, of the logits of all experts; or the config key that says
     # whether the chosen coefficients are scaled to sum to 1: always, never, or as a config key says
     renormalise: bool | str = True
     count_keys: tuple[str, ...] = ("num_local_experts",)  # in config.json; those present count
     groups: str | None = None  # config key: the router picks groups of experts first
+    # the argument in which a layer receives what the one before returned after the hidden states
+    takes: str | None = None
 
-    def is_renormalised(self, config: Mapping[str, Any]) -> bool:
-        """Whether a token's coefficients sum to a constant in this model."""
+    def is_renormalised(self, config: Any) -> bool:
+        """Whether a token's coefficients sum to a constant; `config` is of the model's text part."""
         if isinstance(self.renormalise, bool):
             return self.renormalise
-        return bool(config.get(self.renormalise, False))
+        return bool(getattr(config, self.renormalise, False))
+
+    def scores_in(self, config: Any) -> str:
+        """Of SCORES, what this model makes of its router's logits.
+
+        Raises CheckpointError where the config names something else.
+        """
+        found = self.scores if self.scores in SCORES else getattr(config, self.scores, None)
+        if found not in SCORES:
+            raise CheckpointError(
+                f"config.json: {self.scores} is {found!r}, wanted one of {SCORES}"
+            )
+        return str(found)
+
+    def n_groups(self, config: Any) -> int:
+        """Groups of experts that the router picks among; 1 where it picks experts at once."""
+        return int(getattr(config, self.groups, None) or 1) if self.groups else 1
 
 
 def load_family(model_type: str) -> Family:
-    """The FAMILY of moecule/families/<model_type>.py.
+    """The FAMILY of moecule/families/<model_type>.py; of a text part `x_text`, that of the whole.
 
-    Raises CheckpointError for a model type that has no file.
+    Raises CheckpointError for a model type that has no file, or is known not to be served.
     """
+    refused: dict[str, str] = importlib.import_module("moecule.families").REFUSED
+    whole = model_type.removesuffix("_text")
     known = family_names()
-    if model_type not in known:
-        raise CheckpointError(
-            f"model_type {model_type!r} is not a Mixture-of-Experts family that moecule knows "
-            f"({', '.join(known)}); docs/add-a-family.md says how to add one"
-        )
-    family: Family = importlib.import_module(f"moecule.families.{model_type}").FAMILY
-    return family
+    for name in (model_type, whole, f"{whole}_mm_model"):
+        if name in refused:
+            raise CheckpointError(f"model_type {model_type!r} is not served: {refused[name]}")
+        if name in known:
+            family: Family = importlib.import_module(f"moecule.families.{name}").FAMILY
+            return family
+    raise CheckpointError(
+        f"model_type {model_type!r} is not a Mixture-of-Experts family that moecule knows; "
+        "`moecule families` lists them, docs/add-a-family.md says how to add one"
+    )
+
+
+def text_part(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a config.json, the part that holds the text model's settings; all of it where it is one."""
+    for key in INSIDE:
+        if isinstance(config.get(key), dict):
+            config = config[key]
+    return config
 
 
 def family_names() -> list[str]:

@@ -5,6 +5,7 @@ python -m moecule.folder FOLDER PROBE      opens FOLDER afresh and compares logi
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -17,13 +18,14 @@ import torch
 from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from moecule import runtime
 from moecule.apply import Applied, is_stock
 from moecule.checkpoint import INDEX, Checkpoint
 from moecule.errors import VerifyError
-from moecule.family import Family
+from moecule.family import Family, text_part
+from moecule.hf import auto_class, auto_name
 from moecule.plan import Keep, Plan
 
 REQUIRED = "moecule_required"
@@ -67,11 +69,13 @@ def write_config(
     folder: Path, source: Checkpoint, family: Family, plan: Plan, done: Applied
 ) -> None:
     """config.json and all that is neither weights nor stats, into `folder`."""
-    config = dict(source.config)
+    config: dict[str, Any] = copy.deepcopy(dict(source.config))
     if is_stock(plan):
         config.pop("auto_map", None)  # names code that is not copied, and not needed
         kept = sum(isinstance(f, Keep) for f in next(iter(plan.layers.values())))
-        config |= {key: kept for key in family.count_keys if key in config}
+        text = text_part(config)
+        for key in set(family.count_keys) & set(text):
+            text[key] = [kept] * len(text[key]) if isinstance(text[key], list) else kept
     else:
         config |= _packed_config(source, plan, done)
         (folder / f"{REQUIRED}.py").write_text(REQUIRED_CODE)
@@ -92,7 +96,10 @@ def _packed_config(source: Checkpoint, plan: Plan, done: Applied) -> dict[str, A
         "moecule": {"model": source.name, "model_type": source.config["model_type"]},
         "auto_map": {
             "AutoConfig": f"{REQUIRED}.MoeculeConfig",
-            "AutoModelForCausalLM": f"{REQUIRED}.MoeculeForCausalLM",
+            **dict.fromkeys(
+                ("AutoModelForCausalLM", auto_name(source.config["model_type"])),
+                f"{REQUIRED}.MoeculeForCausalLM",
+            ),
         },
         "expert_skip": False,
         "quantization_config": {
@@ -110,7 +117,7 @@ def _card(source: Checkpoint, plan: Plan, done: Applied) -> str:
         f"\nLayer {i}: no calibration token reached experts {ids}; they were rounded to nearest."
         for i, ids in done.starved.items()
     )
-    load = "AutoModelForCausalLM.from_pretrained(folder)"
+    auto = auto_name(source.config["model_type"])
     needs = (
         ""
         if is_stock(plan)
@@ -122,9 +129,9 @@ Made by moecule from `{source.name}` ({source.digest}): {plan.nominal_bits:.2f} 
 expert's weight. `plan.yaml` says what became of every expert, `result.json` what it cost.
 
 ```python
-{needs}from transformers import AutoModelForCausalLM
+{needs}from transformers import {auto}
 
-model = {load}
+model = {auto}.from_pretrained(folder)
 ```
 {starved}
 """
@@ -171,7 +178,8 @@ def verify(
 
 def _child(folder: str, probe: str, dtype: str, device: str) -> None:
     want: Mapping[str, Tensor] = load_file(probe)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
+    auto = auto_class(type(AutoConfig.from_pretrained(folder)))
+    model = auto.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
     with torch.no_grad():
         got = model(want["tokens"].to(device)).logits.float().cpu()
     apart, size = (got - want["logits"]).norm(), want["logits"].norm()

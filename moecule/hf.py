@@ -16,27 +16,33 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
     convert_and_load_state_dict_in_model,
-    rename_source_key,
     revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as hf_logging
 
 from moecule.checkpoint import Checkpoint
 from moecule.decode import QUANTISED
 from moecule.errors import CheckpointError
 from moecule.family import Family, load_family
-from moecule.moe import Moe, find_layers, find_moe
+from moecule.moe import Moe, experts_in, find_layers, find_moe
+from moecule.names import names_in_memory
 from moecule.ranks import SOLO, Ranks
 from moecule.record import Batch, logits
 
 PACKED = "moecule"  # the model_type of what this package writes
+# the whole of a multimodal model before its text part alone
+AUTO = (AutoModelForImageTextToText, AutoModelForCausalLM, AutoModelForMultimodalLM)
 
 
 @dataclass
@@ -142,9 +148,9 @@ class Streamed:
         """The MoE block of layer i, or None where the layer is dense."""
         return find_moe(self.layers[i], self.family)
 
-    def logits(self, hidden: Float[Tensor, "B S H"], batch: Batch) -> Float[Tensor, "B S V"]:
+    def logits(self, hidden: Float[Tensor, "B S *H"], batch: Batch) -> Float[Tensor, "B S V"]:
         """Of the last layer's output for `batch`, in float32."""
-        return logits(self.model, hidden, batch)
+        return logits(self.model, hidden, batch, self.family.takes)
 
     def to_disk(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors by their names in memory -> by the family's names on disk, in the disk's dtype."""
@@ -194,9 +200,7 @@ def skeleton(
         if QUANTISED not in checkpoint.config:  # decoded as it is read: a plain model
             vars(settings).pop(QUANTISED, None)
         with torch.device("meta"), quiet():
-            model = AutoModelForCausalLM.from_config(
-                settings, dtype=dtype, experts_implementation="grouped_mm"
-            )
+            model = auto_class(type(settings)).from_config(settings, dtype=dtype)
     except (ValueError, TypeError, KeyError, RuntimeError, StrictDataclassError) as e:
         raise CheckpointError(
             f"{checkpoint.path / 'config.json'} is not a config of {family.model_type}: "
@@ -205,37 +209,43 @@ def skeleton(
     model.eval().requires_grad_(False)
     choose_experts(model)
     moes = [m for layer in find_layers(model)[1] if (m := find_moe(layer, family))]
-    if any(m.router.top_k > m.experts.num_experts for m in moes):
+    if any(m.top_k > m.experts.num_experts for m in moes):
         raise CheckpointError(
             f"{checkpoint.path / 'config.json'} has {moes[0].experts.num_experts} experts and picks "
-            f"{moes[0].router.top_k} a token; fetch it again"
+            f"{moes[0].top_k} a token; fetch it again"
         )
     return model, family
 
 
+def auto_class(config: type) -> Any:
+    """The Auto class that makes the whole model of a class of configs."""
+    known = (auto for auto in AUTO if config in auto._model_mapping)
+    return next(known, AutoModelForCausalLM)  # code that comes with a model names this one
+
+
+def auto_name(model_type: str) -> str:
+    """Of the Auto class that makes the whole model of a type."""
+    name: str = auto_class(CONFIG_MAPPING[model_type]).__name__
+    return name
+
+
 def choose_experts(model: Any) -> None:
     """Run experts by grouped_mm, or one by one where torch's kernel cannot take their width."""
+    experts = [m for _, m in experts_in(model)]
     widths = [
         p.shape[-1] * p.element_size()
-        for n, p in model.named_parameters()
-        if n.endswith(("gate_up_proj", "down_proj"))
+        for module in experts
+        for n, p in module.named_parameters(recurse=False)
+        if n.endswith("_proj")
     ]
-    if any(w % 16 for w in widths):  # bytes; torch wants rows to begin at multiples of 16
-        model.set_experts_implementation("eager")
+    # bytes; torch wants rows to begin at multiples of 16
+    set_experts(model, "eager" if any(w % 16 for w in widths) else "grouped_mm")
 
 
-def names_in_memory(model: Any, checkpoint: Checkpoint) -> dict[str, list[str]]:
-    """{name in memory: the names on disk it is made of}; what the model has no place for is left out."""
-    mapping = get_model_conversion_mapping(model)
-    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-    converters = [m for m in mapping if isinstance(m, WeightConverter)]
-    places = model.state_dict()
-    out: dict[str, list[str]] = {}
-    for name in checkpoint.tensors:
-        new, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, places)
-        if new in places:
-            out.setdefault(new, []).append(name)
-    return out
+def set_experts(model: Any, implementation: str) -> None:
+    """Have all experts run by one of the functions of transformers' experts interface."""
+    for _, module in experts_in(model):  # a model's vision may have none, and refuse to be asked
+        module.config._experts_implementation = implementation
 
 
 def get_tensor(model: nn.Module, name: str) -> Tensor:

@@ -14,7 +14,7 @@ from moecule.inventory import take_inventory, weigh
 from moecule.moe import experts_of, find_layers, find_moe
 from moecule.plan import Keep, Plan
 from moecule.recipe import Recipe, load_recipe
-from moecule.session import Compute, open_checkpoint, stream
+from moecule.session import Compute, open_checkpoint, state_bytes, stream
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def inspect(
         layers=len(layers),
         moe_layers=len(moes),
         experts=max(m.experts.num_experts for m in moes),
-        top_k=moes[0].router.top_k,
+        top_k=moes[0].top_k,
         expert_weights=sum(
             m.experts.num_experts * experts_of(m.experts).weights_per_expert for m in moes
         ),
@@ -112,12 +112,12 @@ def memory_needs(inventory: Inventory, recipe: Recipe, streamed: Streamed) -> tu
     """
     config, item = streamed.model.config.get_text_config(), streamed.model.dtype.itemsize
     tokens = recipe.data.samples * window_length(streamed.model.config, recipe.data.length)
-    state = tokens * config.hidden_size * item
+    state = tokens * state_bytes(streamed)
     backward = any(s.backward for s in recipe.needs())
     kept = len(streamed.layers) + 3 if backward else 4
     widest = max(inventory.experts.values(), key=lambda e: e.n * e.weights)
     grams = 4 * widest.n * (widest.gate_up[1] ** 2 + widest.down[1] ** 2)
-    top_k = next(m.router.top_k for i in range(len(streamed.layers)) if (m := streamed.moe(i)))
+    top_k = next(m.top_k for i in range(len(streamed.layers)) if (m := streamed.moe(i)))
     heard = tokens * (2 * config.hidden_size * item + 4 * (widest.n + 2 * top_k))
     layer = 3 * widest.n * widest.weights * item + sum(
         w.shape[0] * w.shape[1] * item

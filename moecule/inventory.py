@@ -10,10 +10,12 @@ from torch import nn
 from moecule.budget import Inventory, LayerExperts, Weight
 from moecule.checkpoint import Checkpoint
 from moecule.family import Family
-from moecule.hf import PACKED, Streamed, names_in_memory, skeleton
-from moecule.moe import Moe, experts_of, find_layers, find_moe
+from moecule.hf import PACKED, Streamed, skeleton
+from moecule.moe import Moe, by_expert, experts_of, find_layers, find_moe
+from moecule.names import names_in_memory, sizes_in_memory
 from moecule.plan import REST
 
+UNSEEN = "dt_proj"  # Mamba multiplies by its weight and does not call it: it stays as it is
 PARTS = ("experts", *REST, "embeddings", "other")
 
 
@@ -21,13 +23,16 @@ def rest_parts(model: Any, family: Family, i: int) -> dict[str, str]:
     """{module in layer i: attention, shared, dense or router}: its weights but the experts."""
     layers = find_layers(model)[1]
     moe = find_moe(layers[i], family)
-    blocks = {m.name for layer in layers if (m := find_moe(layer, family))}
+    blocks = {m.prefix for layer in layers if (m := find_moe(layer, family))}
+    routing = set() if moe is None else set(moe.router.modules())
     out = {}
     for name, module in layers[i].named_modules():
-        if moe is not None and module is moe.router:
-            out[name] = "router"
-        elif isinstance(module, nn.Linear):
-            inside = any(name.startswith(f"{b}.") for b in blocks)
+        if module in routing:
+            if getattr(module, "weight", None) is not None and module.weight.dim() == 2:
+                out[name] = "router"
+        elif isinstance(module, nn.Linear) and not name.endswith(UNSEEN):
+            # experts may lie in the layer itself, which is the block then
+            inside = any(name.startswith(b) and (b or "attn" not in name) for b in blocks)
             part = "shared" if inside and moe is not None else "dense" if inside else "attention"
             # a Linear of one row gates the shared expert: it routes
             out[name] = "router" if module.out_features == 1 else part
@@ -37,11 +42,10 @@ def rest_parts(model: Any, family: Family, i: int) -> dict[str, str]:
 def take_inventory(streamed: Streamed) -> Inventory:
     """Of a checkpoint to compress, from shapes and headers alone."""
     model, family = streamed.model, streamed.family
-    disk = {  # decoded, for that is what is written
-        n: sum(streamed.checkpoint.tensors[d].decoded_bytes for d in of)
-        for n, of in streamed.disk.items()
-    }
     places = dict(model.state_dict())
+    # decoded, for that is what is written
+    on_disk = {n: t.decoded_bytes for n, t in streamed.checkpoint.tensors.items()}
+    disk = sizes_in_memory(streamed.disk, on_disk, places)
     experts: dict[int, LayerExperts] = {}
     weights: dict[str, Weight] = {}
     for i in range(len(streamed.layers)):
@@ -52,7 +56,7 @@ def take_inventory(streamed: Streamed) -> Inventory:
             weights[full] = Weight(part, (rows, columns), streamed.dtypes[full].itemsize, i)
         moe = streamed.moe(i)
         if moe is not None:
-            experts[i] = _layer_experts(moe, f"{prefix}{moe.name}.", family, disk, streamed.dtypes)
+            experts[i] = _layer_experts(moe, f"{prefix}{moe.prefix}", disk, streamed.dtypes)
     part_of = {n: part_of_tensor(n, model, family) for n in disk}
     other = sum(size for n, size in disk.items() if part_of[n] == "other")
     inside = {n for n in disk if part_of[n] == "experts"} | set(weights)
@@ -67,15 +71,19 @@ def take_inventory(streamed: Streamed) -> Inventory:
     )
 
 
+def _router_vectors(moe: Moe) -> list[str]:
+    """Names, inside the block, of what the router has of each expert besides its row."""
+    names = {module: name for name, module in moe.block.named_modules()}
+    by = by_expert(moe, moe.experts.num_experts)
+    return [f"{names[m]}.{leaf}".lstrip(".") for m, leaf, _ in by if leaf != "weight"]
+
+
 def _layer_experts(
-    moe: Moe, prefix: str, family: Family, disk: dict[str, int], dtypes: dict[str, torch.dtype]
+    moe: Moe, prefix: str, disk: dict[str, int], dtypes: dict[str, torch.dtype]
 ) -> LayerExperts:
     view, n = experts_of(moe.experts), moe.experts.num_experts
-    matrices = {f"{prefix}experts.gate_up_proj", f"{prefix}experts.down_proj"}
-    biases = [m for m in disk if m.startswith(f"{prefix}experts.") and m not in matrices]
-    router = [
-        m for m in disk if m.startswith(f"{prefix}{family.router}.") and not m.endswith(".weight")
-    ]
+    biases = [m for m in disk if m.startswith(f"{prefix}experts.") and m.endswith("_proj_bias")]
+    router = [f"{prefix}{name}" for name in _router_vectors(moe)]
     (a, b), (c, d) = view.gate_up.shape[1:], view.down.shape[1:]
     return LayerExperts(
         n=n,
@@ -83,7 +91,7 @@ def _layer_experts(
         down=(c, d),
         bias_bytes=sum(disk[m] for m in biases) // n,
         router_bytes=sum(disk[m] for m in router) // n,
-        item_bytes=dtypes[f"{prefix}experts.gate_up_proj"].itemsize,
+        item_bytes=dtypes[f"{prefix}experts.down_proj"].itemsize,
     )
 
 
@@ -92,12 +100,14 @@ def part_of_tensor(name: str, model: Any, family: Family) -> str:
     prefix = f"{find_layers(model)[0]}."
     module, _, leaf = name.rpartition(".")
     if not name.startswith(prefix):
-        return "embeddings" if "embed" in module or module.endswith("lm_head") else "other"
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        return "embeddings" if model.get_submodule(module) in ends else "other"
     number, _, inside = module.removeprefix(prefix).partition(".")
     moe = find_moe(find_layers(model)[1][int(number)], family)
-    if moe is not None and f"{inside}.".startswith(f"{moe.name}.experts."):
+    own = "" if moe is None else f"{moe.prefix}experts"
+    if moe is not None and (inside == own or inside.startswith(f"{own}.packed.")):
         return "experts"
-    if moe is not None and inside == f"{moe.name}.{family.router}":
+    if moe is not None and f"{inside}.{leaf}" in {moe.prefix + v for v in _router_vectors(moe)}:
         return "router"
     part = rest_parts(model, family, int(number)).get(inside, "other")
     return part if leaf.startswith("weight") else "other"
@@ -110,7 +120,8 @@ def weigh(checkpoint: Checkpoint) -> dict[str, Any]:
     places = {n: t for n, t in model.state_dict().items()}
     tied = {n for n in getattr(model, "all_tied_weights_keys", {}) if n not in checkpoint.tensors}
     disk = {n: [n] for n in checkpoint.tensors} if packed else names_in_memory(model, checkpoint)
-    sizes = {n: sum(checkpoint.tensors[d].size_bytes for d in of) for n, of in disk.items()}
+    on_disk = {n: t.size_bytes for n, t in checkpoint.tensors.items()}
+    sizes = on_disk if packed else sizes_in_memory(disk, on_disk, places)
     parts = dict.fromkeys(PARTS, 0)
     for name, size in sizes.items():
         parts[part_of_tensor(name, model, family)] += size
@@ -118,8 +129,7 @@ def weigh(checkpoint: Checkpoint) -> dict[str, Any]:
     matrices = {
         n: c
         for n, c in counts.items()
-        if n.endswith(("gate_up_proj", "down_proj"))
-        and part_of_tensor(n, model, family) == "experts"
+        if n.endswith("_proj") and part_of_tensor(n, model, family) == "experts"
     }
     expert_weights, total = sum(matrices.values()), checkpoint.size_bytes
     of = [d for n in matrices for d in disk.get(n, [])]

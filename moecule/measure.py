@@ -59,9 +59,9 @@ def _token_losses(
 @torch.no_grad()
 def batch_sums(
     streamed: Streamed,
-    hidden: Float[Tensor, "B S H"],
+    hidden: Float[Tensor, "B S *H"],
     tokens: Int[Tensor, "B S"],
-    original: tuple[Streamed, Float[Tensor, "B S H"]] | None = None,
+    original: tuple[Streamed, Float[Tensor, "B S *H"]] | None = None,
 ) -> Float64[Tensor, " four"]:
     """Of a batch, from what the last layers gave: loss, the original's, KL, tokens alike; summed."""
     sums = torch.zeros(4, dtype=torch.float64)

@@ -5,7 +5,7 @@ An experts module of transformers says of itself how its weights lie; nothing is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,47 +28,81 @@ class Moe:
     experts: Any  # a transformers experts module
     router: Any
 
+    @property
+    def top_k(self) -> int:
+        """Experts that the router picks for a token."""
+        k = getattr(self.router, "top_k", None)
+        return int(self.router.config.top_k_experts if k is None else k)
+
+    @property
+    def prefix(self) -> str:
+        """What the names of the block's modules begin with, inside the layer."""
+        return f"{self.name}." if self.name else ""
+
 
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """(name, list) of the decoder layers: the outermost list of modules that has experts in it.
 
-    Raises CheckpointError for a model without experts.
+    Where vision has experts too, those of the text. Raises CheckpointError for a model without.
     """
-    for name, module in model.named_modules():
-        if "is_concatenated" not in vars(module):  # set by transformers on experts modules alone
-            continue
+    found: dict[str, nn.ModuleList] = {}
+    for name, _ in experts_in(model):
         parts = name.split(".")
         for i in range(1, len(parts)):
             above = model.get_submodule(".".join(parts[:i]))
             if isinstance(above, nn.ModuleList):
-                return ".".join(parts[:i]), above
-    raise CheckpointError("the model has no MoE layer; there are no experts to compress")
+                found.setdefault(".".join(parts[:i]), above)
+                break
+    if not found:
+        raise CheckpointError("the model has no MoE layer; there are no experts to compress")
+    text = [name for name in found if "language_model" in name.split(".")]
+    name = (text or list(found))[0]
+    return name, found[name]
+
+
+def experts_in(module: nn.Module) -> list[tuple[str, Any]]:
+    """(name, module) of all experts modules in `module`."""
+    # an attribute that transformers sets on experts modules alone
+    return [(n, m) for n, m in module.named_modules() if "is_concatenated" in vars(m)]
 
 
 def find_moe(layer: nn.Module, family: Family) -> Moe | None:
     """The MoE block in a decoder layer. Raises CheckpointError for experts that are not served."""
-    for name, module in layer.named_modules():
-        if "is_concatenated" not in vars(module):  # set by transformers on experts modules alone
-            continue
-        experts: Any = module
-        parent, _, _ = name.rpartition(".")
-        block = layer.get_submodule(parent)
-        # has_post_expert_norm came with transformers 5.2x
-        if vars(module).get("has_post_expert_norm") or not experts.has_gate:
-            raise CheckpointError(
-                f"{type(experts).__name__} is not served: no gate, or a norm inside"
-            )
-        return Moe(parent, block, experts, block.get_submodule(family.router))
-    return None
+    found = experts_in(layer)
+    if not found:
+        return None
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{type(layer).__name__} has {len(found)} sets of experts; its family is not served"
+        )
+    ((name, experts),) = found
+    parent, _, _ = name.rpartition(".")
+    block = layer.get_submodule(parent)
+    return Moe(parent, block, experts, block.get_submodule(family.router))
+
+
+def first_matrix(module: Any) -> str:
+    """The name of what reads an expert's input: with the gate's rows, where there is a gate."""
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
+def end_of(module: Any) -> Callable[[Tensor], Tensor] | None:
+    """The norm that each expert's output passes through, if any."""
+    # has_post_expert_norm came with transformers 5.2x
+    return module.post_expert_norm if vars(module).get("has_post_expert_norm") else None
 
 
 def experts_of(module: Any) -> Experts:
     """A module's weights as `Experts`: views, not copies."""
-    up, down = module.gate_up_proj.data, module.down_proj.data
+    first = first_matrix(module)
+    up, down = getattr(module, first).data, module.down_proj.data
     if module.is_transposed:
         up, down = up.mT, down.mT
-    biases = (module.gate_up_proj_bias.data, module.down_proj_bias.data) if module.has_bias else ()
-    return Experts(up, down, module._apply_gate, *biases)
+    gate = module._apply_gate if module.has_gate else module.act_fn
+    if not module.has_bias:
+        return Experts(up, down, gate, end=end_of(module))
+    biases = getattr(module, f"{first}_bias").data, module.down_proj_bias.data
+    return Experts(up, down, gate, *biases, end=end_of(module))
 
 
 def put_experts(module: Any, experts: Experts) -> None:
@@ -76,25 +110,48 @@ def put_experts(module: Any, experts: Experts) -> None:
     up, down = experts.gate_up, experts.down
     if module.is_transposed:
         up, down = up.mT.contiguous(), down.mT.contiguous()
-    module.gate_up_proj = nn.Parameter(up, requires_grad=False)
+    first = first_matrix(module)
+    setattr(module, first, nn.Parameter(up, requires_grad=False))
     module.down_proj = nn.Parameter(down, requires_grad=False)
     if experts.gate_up_bias is not None and experts.down_bias is not None:
-        module.gate_up_proj_bias = nn.Parameter(experts.gate_up_bias, requires_grad=False)
+        bias = nn.Parameter(experts.gate_up_bias, requires_grad=False)
+        setattr(module, f"{first}_bias", bias)
         module.down_proj_bias = nn.Parameter(experts.down_bias, requires_grad=False)
     module.num_experts = len(experts)
 
 
 def select_experts(moe: Moe, kept: Sequence[int], n_experts: int) -> None:
-    """Cut the router, and its bias, to the experts `kept`, in place."""
-    at = list(kept)
-    for name, tensor in [*moe.router.named_parameters(), *moe.router.named_buffers()]:
-        if tensor.shape[0] == n_experts:
-            cut = tensor.data[at].contiguous() if not tensor.is_meta else tensor.data[: len(at)]
-            if name in moe.router._buffers:
-                moe.router._buffers[name] = cut
-            else:
-                setattr(moe.router, name, nn.Parameter(cut, requires_grad=False))
-    moe.router.num_experts = len(at)
+    """Cut the router, and its bias wherever it is, to the experts `kept`, in place."""
+    shared = int(getattr(moe.router, "n_shared_experts", 0))  # scored by the router's last rows
+    for module, name, axis in by_expert(moe, n_experts):
+        tensor = getattr(module, name).data
+        rest = range(n_experts, n_experts + shared) if tensor.shape[axis] > n_experts else ()
+        at = [*kept, *rest]
+        if tensor.is_meta:
+            cut = tensor.narrow(axis, 0, len(at))
+        else:
+            cut = tensor.index_select(axis, torch.tensor(at, device=tensor.device))
+        if name in module._buffers:
+            module._buffers[name] = cut
+        else:
+            setattr(module, name, nn.Parameter(cut, requires_grad=False))
+        if isinstance(module, nn.Linear):
+            module.out_features = len(at)
+    moe.router.num_experts = len(kept)
+
+
+def by_expert(moe: Moe, n_experts: int) -> list[tuple[nn.Module, str, int]]:
+    """(module, tensor's name, axis) of all that the router has one of for each expert."""
+    shared = int(getattr(moe.router, "n_shared_experts", 0))
+    sizes = (n_experts, n_experts + shared)
+    places = [*moe.router.modules(), moe.block]  # some keep the bias for the choice in the block
+    out = []
+    for module in places:
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            axes = [] if tensor is None else [a for a, n in enumerate(tensor.shape) if n in sizes]
+            if axes:
+                out.append((module, name, axes[0]))
+    return out
 
 
 @dataclass
@@ -146,7 +203,7 @@ def listening(
         if out.requires_grad:
             heard.live.append(out)
 
-    def on_router(module: Any, args: Any, out: tuple[Tensor, Tensor, Tensor]) -> None:
+    def on_router(module: Any, args: Any, out: tuple[Tensor, ...]) -> None:
         if outputs:
             heard.logits.append(heard.keep(out[0].float()))
 

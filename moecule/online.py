@@ -69,14 +69,14 @@ class LayerSkip:
 def attach(model: Any, family: Family, settings: dict[str, Any]) -> None:
     """Give every MoE layer its rule, switched off. Settings: protect, {layer: thresholds}."""
     switch = Switch()
-    renormalised = family.is_renormalised(model.config.to_dict())
+    renormalised = family.is_renormalised(model.config.get_text_config())
     for i, layer in enumerate(find_layers(model)[1]):
         moe = find_moe(layer, family)
         if moe is None:
             continue
         # a layer without thresholds skips nothing, but its pairs count
         limits = tuple(settings["thresholds"].get(str(i), ()))
-        top_k = getattr(moe.router, "top_k", len(limits) + 1)
+        top_k = moe.top_k
         if limits and len(limits) != top_k - 1:
             raise PlanError(f"skip: layer {i} has {len(limits)} thresholds, wanted {top_k - 1}")
         rule = LayerSkip(switch, limits or (0.0,) * (top_k - 1), settings["protect"], renormalised)

@@ -28,23 +28,28 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    added: Float[Tensor, "B S H"] | None = None  # to the hidden states, before the layer
+    added: Float[Tensor, "B S *H"] | None = None  # to the hidden states, before the layer
+    takes: str | None = None  # the argument for what the layer before handed on
 
-    def __call__(self, layer: nn.Module, hidden: Float[Tensor, "B S H"]) -> Float[Tensor, "B S H"]:
-        """The layer's output."""
+    def __call__(
+        self, layer: nn.Module, hidden: Float[Tensor, "B S *H"], handed: Tensor | None = None
+    ) -> tuple[Float[Tensor, "B S *H"], Tensor | None]:
+        """The layer's output, and what it hands to the next layer besides, if anything."""
         if self.added is not None:
             hidden = hidden + self.added
-        out = layer(hidden, *self.args, **self.kwargs)
-        found: Tensor = out[0] if isinstance(out, tuple) else out
-        return found
+        kwargs = self.kwargs if self.takes is None else {**self.kwargs, self.takes: handed}
+        out = layer(hidden, *self.args, **kwargs)
+        if self.takes is not None:
+            return out[0], out[1]
+        return out[0] if isinstance(out, tuple) else out, None
 
 
 class _StandIn(nn.Module):
     """In a layer's place: hands on what it is called with."""
 
-    def __init__(self, index: int, layer: nn.Module, take: Take) -> None:
+    def __init__(self, index: int, layer: nn.Module, take: Take, takes: str | None) -> None:
         super().__init__()
-        self.index, self.take = index, take
+        self.index, self.take, self.takes = index, take, takes
         object.__setattr__(self, "_layer", layer)  # no submodule
 
     def __getattr__(self, name: str) -> Any:  # models ask layers for e.g. attention_type
@@ -53,18 +58,18 @@ class _StandIn(nn.Module):
         except AttributeError:
             return getattr(object.__getattribute__(self, "_layer"), name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if args:
-            return self.take(self.index, args[0], args[1:], kwargs)
-        return self.take(self.index, kwargs.pop("hidden_states"), (), kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
+        hidden, *rest = args or (kwargs.pop("hidden_states"),)
+        out = self.take(self.index, hidden, tuple(rest), kwargs)
+        return out if self.takes is None else (out, None)
 
 
 @contextmanager
-def _stand_ins(model: nn.Module, take: Take) -> Iterator[None]:
+def _stand_ins(model: nn.Module, take: Take, takes: str | None) -> Iterator[None]:
     name, layers = find_layers(model)
     above, _, leaf = name.rpartition(".")
     parent = model.get_submodule(above)
-    setattr(parent, leaf, nn.ModuleList(_StandIn(i, x, take) for i, x in enumerate(layers)))
+    setattr(parent, leaf, nn.ModuleList(_StandIn(i, x, take, takes) for i, x in enumerate(layers)))
     try:
         yield
     finally:
@@ -76,6 +81,7 @@ class _Tape:
     """What stand-ins were given. Each returns `probe`, zeros if there is none."""
 
     probe: Tensor | None = None
+    takes: str | None = None
     embedded: Tensor | None = None
     calls: list[Call] = field(default_factory=list)
     last: Tensor | None = None
@@ -90,7 +96,7 @@ class _Tape:
             )
         # a tensor of ours that comes back untouched: nothing happens between the two layers
         plain = self.last is None or (hidden is self.last and hidden._version == 0)
-        self.calls.append(Call(args, kwargs, None if plain else hidden))
+        self.calls.append(Call(args, kwargs, None if plain else hidden, self.takes))
         if self.embedded is None:
             self.embedded = hidden
         if self.last is None or not plain:
@@ -100,20 +106,21 @@ class _Tape:
 
 @torch.no_grad()
 def record(
-    model: Any, batch: Batch, like: Sequence[Call] | None = None
-) -> tuple[Float[Tensor, "B S H"], list[Call]]:
+    model: Any, batch: Batch, like: Sequence[Call] | None = None, takes: str | None = None
+) -> tuple[Float[Tensor, "B S *H"], list[Call]]:
     """(what enters the first layer, how each layer is called). No layer is computed.
 
-    `like`: calls of another batch; tensors equal to theirs are shared, not kept twice.
+    `like`: calls of another batch; tensors equal to theirs are shared, not kept twice. `takes`: as
+    in Family.
     Raises CheckpointError where something other than a sum happens between two layers.
     """
-    tape = _taped(model, batch, None)
+    tape = _taped(model, batch, None, takes)
     assert tape.embedded is not None  # as many calls as layers were counted
     if any(c.added is not None for c in tape.calls):
         g = torch.Generator().manual_seed(0)
         shape = tape.embedded.shape
         probe = torch.randn(shape, generator=g).to(tape.embedded.device, tape.embedded.dtype)
-        _check_sums(tape, _taped(model, batch, probe))
+        _check_sums(tape, _taped(model, batch, probe, takes))
     calls = tape.calls
     if like is not None:
         memo: dict[int, Any] = {}
@@ -121,10 +128,10 @@ def record(
     return tape.embedded, calls
 
 
-def _taped(model: Any, batch: Batch, probe: Tensor | None) -> _Tape:
-    tape = _Tape(probe)
+def _taped(model: Any, batch: Batch, probe: Tensor | None, takes: str | None) -> _Tape:
+    tape = _Tape(probe, takes)
     _, layers = find_layers(model)
-    with _stand_ins(model, tape.take):
+    with _stand_ins(model, tape.take, takes):
         model.base_model(**inputs_of(batch, model), use_cache=False)
     if len(tape.calls) != len(layers):
         raise CheckpointError(
@@ -173,9 +180,11 @@ def _compared(new: Any, old: Any, memo: dict[int, Any]) -> Any:
     return new  # what a layer may write into stays the batch's own
 
 
-def logits(model: Any, hidden: Float[Tensor, "B S H"], batch: Batch) -> Float[Tensor, "B S V"]:
+def logits(
+    model: Any, hidden: Float[Tensor, "B S *H"], batch: Batch, takes: str | None = None
+) -> Float[Tensor, "B S V"]:
     """Of the last layer's output for `batch`, in float32, by all that the model does after it."""
-    with _stand_ins(model, lambda index, given, args, kwargs: hidden):
+    with _stand_ins(model, lambda index, given, args, kwargs: hidden, takes):
         out: Tensor = model(**inputs_of(batch, model), use_cache=False).logits
     return out.float()
 

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -28,7 +27,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from moecule import online
 from moecule.experts import Experts
 from moecule.family import load_family
-from moecule.moe import find_layers, find_moe, select_experts
+from moecule.hf import auto_class, set_experts
+from moecule.moe import end_of, find_layers, find_moe, first_matrix, select_experts
 from moecule.packed import Packed, words_per_row
 from moecule.plan import Keep
 
@@ -100,16 +100,18 @@ def packed_of(module: nn.Module, name: str, keep: Keep, columns: int, row: Any =
 
 def prepare_experts(module: Any, keeps: Sequence[Keep]) -> None:
     """Turn a transformers experts module into one with room for packed experts, in place."""
-    up, down = module.gate_up_proj, module.down_proj
+    first = first_matrix(module)
+    up, down = getattr(module, first), module.down_proj
     if module.is_transposed:
         up, down = up.mT, down.mT
     shapes = {"gate_up": (up.shape[1], up.shape[2]), "down": (down.shape[1], down.shape[2])}
     dtype, n = up.dtype, len(keeps)
     if module.has_bias:
-        for name in ("gate_up_proj_bias", "down_proj_bias"):
+        for name in (f"{first}_bias", "down_proj_bias"):
             bias = getattr(module, name)
             setattr(module, name, nn.Parameter(bias.data[:n], requires_grad=False))
-    del module.gate_up_proj, module.down_proj
+    delattr(module, first)
+    del module.down_proj
     kinds = sorted(set(keeps), key=lambda k: (k.bits, k.group))
     module.packed = nn.ModuleDict(
         {_kind(k): Stack(sum(k == have for have in keeps), shapes, k, dtype) for k in kinds}
@@ -159,9 +161,11 @@ def _run_expert(module: Any, e: int, x: Float[Tensor, "t H"]) -> Float[Tensor, "
     kind, row = module.slots[e]
     stack, biases = module.packed[kind], (None, None)
     if module.has_bias:
-        biases = (module.gate_up_proj_bias[e], module.down_proj_bias[e])
+        biases = (getattr(module, f"{first_matrix(module)}_bias")[e], module.down_proj_bias[e])
     up = nn.functional.linear(x, stack.weight("gate_up", row), biases[0])
-    return nn.functional.linear(module._apply_gate(up), stack.weight("down", row), biases[1])
+    act = module._apply_gate(up) if module.has_gate else module.act_fn(up)
+    out, end = nn.functional.linear(act, stack.weight("down", row), biases[1]), end_of(module)
+    return out if end is None else end(out)
 
 
 ALL_EXPERTS_FUNCTIONS.register(MODEL_TYPE, packed_forward)
@@ -246,7 +250,7 @@ def prepare_model(model: Any, config: PackedConfig) -> None:
             prepare_experts(moe.experts, keeps)
         for name, width in config.weights.items():
             prepare_weight(model.get_submodule(name), keep_from(width))
-    model.config._experts_implementation = MODEL_TYPE
+    set_experts(model, MODEL_TYPE)
     if config.skip is not None:
         online.attach(model, family, config.skip)
 
@@ -299,9 +303,8 @@ class MoeculeForCausalLM:
     def from_pretrained(cls, path: str, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """Open with the model class of the family that `path` was made from."""
         config = config or AutoConfig.from_pretrained(path)
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-            path, *args, config=config, **kwargs
-        )
+        made = auto_class(type(config))._model_mapping[type(config)]
+        return made.from_pretrained(path, *args, config=config, **kwargs)
 
 
 _made: dict[type, tuple[Any, Any]] = {}
@@ -310,7 +313,8 @@ _made: dict[type, tuple[Any, Any]] = {}
 def _classes(base: Any) -> tuple[Any, Any]:
     """(config class, model class) of a compressed family, registered with the auto classes."""
     if base not in _made:
-        model_base = MODEL_FOR_CAUSAL_LM_MAPPING[base]
+        auto = auto_class(base)
+        model_base = auto._model_mapping[base]
         config = type(base.__name__, (base,), {"model_type": MODEL_TYPE, "expert_skip": False})
         # transformers reads a class's source file to know these; ours would say no
         answers = {
@@ -320,7 +324,8 @@ def _classes(base: Any) -> tuple[Any, Any]:
         model = type(model_base.__name__, (model_base,), {"config_class": config, **answers})
         for made in (config, model):
             made.__module__ = __name__
-        AutoModelForCausalLM.register(config, model, exist_ok=True)
+        for each in {auto, AutoModelForCausalLM}:
+            each.register(config, model, exist_ok=True)
         _made[base] = (config, model)
     return _made[base]
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from moecule import online
 from moecule.budget import format_size
@@ -22,13 +22,14 @@ from moecule.family import load_family
 from moecule.hf import (
     PACKED,
     Streamed,
+    auto_class,
     choose_experts,
-    names_in_memory,
     open_model,
     quiet,
     skeleton,
 )
 from moecule.journal import Trail
+from moecule.names import names_in_memory
 from moecule.ranks import SOLO, Ranks
 from moecule.runtime import PackedConfig, prepare_model
 from moecule.states import Place, choose_place
@@ -138,6 +139,14 @@ def stream_any(model: str | Path, compute: Compute, *, skip: bool = False) -> St
     return streamed
 
 
+def state_bytes(streamed: Streamed) -> int:
+    """Of what passes from one layer to the next for a token."""
+    config = streamed.model.config.get_text_config()
+    streams = getattr(config, "hc_mult", None) or getattr(config, "hc_count", None) or 1
+    handed = 8 * config.index_topk if streamed.family.takes else 0
+    return int(streams * config.hidden_size * streamed.model.dtype.itemsize + handed)
+
+
 def trail_of(
     streamed: Streamed, windows: Int[Tensor, "N S"], compute: Compute, copies: int, folder: Path
 ) -> Trail:
@@ -145,8 +154,7 @@ def trail_of(
 
     Raises OutputError where they must go to disk and there is no room in `folder`.
     """
-    width = streamed.model.config.get_text_config().hidden_size * streamed.model.dtype.itemsize
-    size = -(-windows.numel() // compute.ranks.size) * width
+    size = -(-windows.numel() // compute.ranks.size) * state_bytes(streamed)
     place = compute.states
     if place == "auto":
         place = choose_place(size, copies, streamed.device)
@@ -176,17 +184,15 @@ def load(model: str | Path, compute: Compute, *, skip: bool = False) -> Any:
     device = compute.torch_device()
     packed = checkpoint.config["model_type"] == PACKED
     own_code = "auto_map" in checkpoint.config and not packed
-    # a compressed model brings its own, and so may code that comes with a model
-    own_experts = packed or (own_code and compute.trust_remote_code)
-    experts = {} if own_experts else {"experts_implementation": "grouped_mm"}
     try:
         with quiet():
-            loaded, told = AutoModelForCausalLM.from_pretrained(
+            trust = compute.trust_remote_code
+            settings = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust)
+            loaded, told = auto_class(type(settings)).from_pretrained(
                 checkpoint.path,
                 dtype=compute.torch_dtype(checkpoint.config),
-                trust_remote_code=compute.trust_remote_code,
+                trust_remote_code=trust,
                 output_loading_info=True,
-                **experts,
             )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as e:
         refused = own_code and not compute.trust_remote_code

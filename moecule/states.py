@@ -27,43 +27,55 @@ DEVICE_SHARE, HOST_SHARE = 0.25, 0.6  # of what is free, that hidden states may 
 
 @dataclass
 class States(Sequence[Tensor]):
-    """The hidden states of all batches at one point of the model, [B, S, H] each.
+    """The hidden states of all batches at one point of the model: [B, S, H], or of some models
+    [B, S, streams, H].
 
-    Reading one brings it to `device`. With a folder each is also written there as it comes.
+    Reading one brings it to `device`. With a folder each is also written there as it comes. What a
+    layer hands to the next one besides is kept with them.
     """
 
     device: torch.device
     place: Place
     folder: Path | None = None  # for "disk" there must be one
-    _held: list[Tensor | None] = field(default_factory=list)
+    _held: list[dict[str, Tensor] | None] = field(default_factory=list)
     _writes: list[Future[None]] = field(default_factory=list)
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
-    def append(self, hidden: Float[Tensor, "B S H"]) -> None:
+    def append(self, hidden: Float[Tensor, "B S *H"], handed: Tensor | None = None) -> None:
         """Take the next batch's."""
-        at, held = len(self._held), hidden.detach()
+        at, given = len(self._held), {"hidden": hidden.detach()}
+        if handed is not None:
+            given["handed"] = handed.detach()
+        held = given
         if self.place != "device" or self.folder is not None:
-            held = _to_host(held)
+            held = {name: _to_host(t) for name, t in given.items()}
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = _file(self.folder, at)
-            self._writes.append(self._pool.submit(save_whole, {"hidden": held}, file, sync=False))
+            self._writes.append(self._pool.submit(save_whole, held, file, sync=False))
         if self.place == "disk":
             self._settle(most=2)  # what waits to be written is in memory
-        self._held.append(
-            None if self.place == "disk" else hidden.detach() if self.place == "device" else held
-        )
+        kept = given if self.place == "device" else held
+        self._held.append(None if self.place == "disk" else kept)
 
     def __len__(self) -> int:
         return len(self._held)
 
-    def __getitem__(self, b: int) -> Float[Tensor, "B S H"]:  # type: ignore[override]
+    def __getitem__(self, b: int) -> Float[Tensor, "B S *H"]:  # type: ignore[override]
+        return self._get(b)["hidden"].to(self.device, non_blocking=True)
+
+    def handed(self, b: int) -> Tensor | None:
+        """What came with batch b's hidden states, if anything."""
+        found = self._get(b).get("handed")
+        return None if found is None else found.to(self.device, non_blocking=True)
+
+    def _get(self, b: int) -> dict[str, Tensor]:
         held = self._held[b]
         if held is None:
             assert self.folder is not None  # nothing is on disk without one
             self._settle(most=0)
             held = _load(_file(self.folder, b % len(self)))
-        return held.to(self.device, non_blocking=True)
+        return held
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[b] for b in range(len(self)))
@@ -93,25 +105,24 @@ class States(Sequence[Tensor]):
         found = States(device, place, folder)
         for b in range(n):
             held = _load(_file(folder, b))
-            if place == "disk":
-                found._held.append(None)
-            else:
-                found._held.append(held.to(device) if place == "device" else held)
+            if place == "device":
+                held = {name: t.to(device) for name, t in held.items()}
+            found._held.append(None if place == "disk" else held)
         return found
 
 
-def _to_host(hidden: Tensor) -> Tensor:
-    if not hidden.is_cuda:
-        return hidden.contiguous()
+def _to_host(tensor: Tensor) -> Tensor:
+    if not tensor.is_cuda:
+        return tensor.contiguous()
     # pinned: the copy there, and the one back, go at the speed of the bus
-    held = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
-    return held.copy_(hidden)
+    held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return held.copy_(tensor)
 
 
-def _load(file: Path) -> Tensor:
+def _load(file: Path) -> dict[str, Tensor]:
     try:
-        held: Tensor = load_file(file)["hidden"]
-        return held
+        held: dict[str, Tensor] = load_file(file)
+        return {"hidden": held["hidden"], **held}
     except (OSError, SafetensorError, KeyError) as e:
         root = file.parents[2]
         raise OutputError(f"{file} cannot be read ({e}); remove {root} to begin again") from e

@@ -34,13 +34,13 @@ class Step:
     outputs: States
     note: dict[str, Any] = field(default_factory=dict)  # for the journal
 
-    def passes(self) -> Iterator[tuple[Float[Tensor, "B S H"], Float[Tensor, "B S H"]]]:
+    def passes(self) -> Iterator[tuple[Float[Tensor, "B S *H"], Float[Tensor, "B S *H"]]]:
         """Pass batch after batch, giving (input, output); later layers receive what comes out."""
         for b in range(len(self.inputs)):
             x = self.inputs[b]
             with torch.no_grad():
-                out = self.calls[b][self.index](self.layer, x)
-            self.outputs.append(out)
+                out, handed = self.calls[b][self.index](self.layer, x, self.inputs.handed(b))
+            self.outputs.append(out, handed)
             yield x, out
 
     def run(self) -> None:
@@ -52,7 +52,7 @@ class Step:
     def listen(self) -> None:
         """Pass all batches for those who listen; what comes out is forgotten."""
         for b, x in enumerate(self.inputs):
-            self.calls[b][self.index](self.layer, x)
+            self.calls[b][self.index](self.layer, x, self.inputs.handed(b))
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,9 @@ def walk(
     start, down = trail.done("up"), trail.done("down")
     embedded, calls = trail.states("up_0000", device), Calls()
     for batch in batches:
-        hidden, called = record(streamed.model, batch, calls[0] if calls else None)
+        hidden, called = record(
+            streamed.model, batch, calls[0] if calls else None, streamed.family.takes
+        )
         calls.append(called)
         if start == 0:
             embedded.append(hidden)
@@ -134,7 +136,7 @@ class BackStep:
     def passes(
         self, watched: list[Tensor]
     ) -> Iterator[
-        tuple[Float[Tensor, "B S H"], Float[Tensor, "B S H"], Float[Tensor, "T H"] | None]
+        tuple[Float[Tensor, "B S *H"], Float[Tensor, "B S *H"], Float[Tensor, "T H"] | None]
     ]:
         """Pass batch after batch up and down: (input, output, gradient by what is in `watched`).
 
@@ -143,7 +145,7 @@ class BackStep:
         for b in range(len(self.inputs)):
             with torch.enable_grad():
                 x = self.inputs[b].detach().requires_grad_()
-                out = self.calls[b][self.index](self.layer, x)
+                out, _ = self.calls[b][self.index](self.layer, x, self.inputs.handed(b))
             grads = torch.autograd.grad(out, [x, *watched], self.above[b])
             watched.clear()
             self.below.append(grads[0])
@@ -187,8 +189,8 @@ def walk_back(
 
 
 def loss_gradient(
-    streamed: Streamed, hidden: Float[Tensor, "B S H"], batch: Batch
-) -> Float[Tensor, "B S H"]:
+    streamed: Streamed, hidden: Float[Tensor, "B S *H"], batch: Batch
+) -> Float[Tensor, "B S *H"]:
     """Of the summed next-token loss, by the last layer's output."""
     tokens = tokens_of(batch)
     if isinstance(batch, Tensor):  # the logits of a whole batch may not fit: row by row

@@ -190,8 +190,8 @@ def test_walking_equals_calling_the_bf16_model(case, made):
     batches = tiny.tokens(2)
     streamed = tiny.stream(folder)
     assert not hasattr(streamed.model.config, "quantization_config")
-    experts = streamed.model.config._experts_implementation
-    model = tiny.load(plain, experts_implementation=experts)
+    experts = streamed.model.config.get_text_config()._experts_implementation
+    model = tiny.load(plain, experts=experts)
     hidden = tiny.walked(streamed, batches).last
     loaded = session.load(folder, session.Compute(device="cpu", dtype="float32"))
     for batch, h in zip(batches, hidden, strict=True):

@@ -25,7 +25,7 @@ SUMS = (COUNT, MASS, TOKENS, HIDDEN_SQ, COSINE, NORM, odp.RATIO, odp.DAMAGE["hid
 
 def experts_of(streamed: Any) -> str:
     """The implementation of experts that the walk uses: bfloat16 rounds otherwise in another."""
-    return str(streamed.model.config._experts_implementation)
+    return str(streamed.model.config.get_text_config()._experts_implementation)
 
 
 @every_family
@@ -34,7 +34,7 @@ def test_walking_equals_calling(name, dtype, checkpoint):
     batches = tiny.tokens(3)
     streamed = tiny.stream(checkpoint(name), dtype)
     hidden = tiny.walked(streamed, batches).last
-    model = tiny.load(checkpoint(name), dtype, experts_implementation=experts_of(streamed))
+    model = tiny.load(checkpoint(name), dtype, experts=experts_of(streamed))
     for batch, h in zip(batches, hidden, strict=True):
         with torch.no_grad():
             got = streamed.logits(h, batch)
@@ -66,9 +66,11 @@ def test_listening_changes_nothing_and_hears_what_the_experts_say(name, checkpoi
         moe = streamed.moe(step.index)
         if moe is None:
             continue
-        unheard = [
-            call[step.index](step.layer, x) for call, x in zip(step.calls, step.inputs, strict=True)
-        ]
+        with torch.no_grad():  # as the walk has it: convolutions round otherwise with gradients
+            unheard = [
+                call[step.index](step.layer, x, step.inputs.handed(b))[0]
+                for b, (call, x) in enumerate(zip(step.calls, step.inputs, strict=True))
+            ]
         with listening(moe) as heard:
             step.run()
         assert all(map(torch.equal, step.outputs, unheard))
@@ -178,13 +180,14 @@ def test_walking_back_gives_the_gradients_of_the_whole_model(name, checkpoint):
         with listening(moe) as heard:
             got[back.index] = torch.cat([grad for _, _, grad in back.passes(heard.live)])
     how = experts_of(streamed)
-    model = tiny.load(checkpoint(name), torch.float64, experts_implementation=how)
+    model = tiny.load(checkpoint(name), torch.float64, experts=how)
     streamed.model = model  # so that streamed.moe finds the blocks of the whole model
     moes = [streamed.moe(i) for i in sorted(got)]
     want = gradients_of_the_whole(model, moes, batches)
     for i, grad in zip(sorted(got), want, strict=True):
         assert grad.abs().max() > 1e-3
-        torch.testing.assert_close(got[i], grad, rtol=1e-6, atol=1e-8)
+        # most norms are in float32, whatever the model is in
+        torch.testing.assert_close(got[i], grad, rtol=1e-5, atol=1e-6 * float(grad.abs().max()))
 
 
 @every_family

@@ -1,0 +1,11 @@
+"""A.X-K1: routing as in DeepSeek-V3."""
+
+from moecule.family import Family
+
+FAMILY = Family(
+    "axk1",
+    scores="sigmoid",
+    renormalise="norm_topk_prob",
+    count_keys=("n_routed_experts",),
+    groups="n_group",
+)

@@ -1,0 +1,11 @@
+"""Ling and Ring, hybrid: routing as in DeepSeek-V3."""
+
+from moecule.family import Family
+
+FAMILY = Family(
+    "bailing_hybrid",
+    scores="sigmoid",
+    renormalise="norm_topk_prob",
+    count_keys=("num_experts",),
+    groups="n_group",
+)

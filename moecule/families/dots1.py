@@ -1,0 +1,11 @@
+"""dots.llm1: routing as in DeepSeek-V3."""
+
+from moecule.family import Family
+
+FAMILY = Family(
+    "dots1",
+    scores="sigmoid",
+    renormalise="norm_topk_prob",
+    count_keys=("n_routed_experts",),
+    groups="n_group",
+)

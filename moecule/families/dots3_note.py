@@ -1,0 +1,11 @@
+"""dots3: routing as in DeepSeek-V3."""
+
+from moecule.family import Family
+
+FAMILY = Family(
+    "dots3_note",
+    scores="sigmoid",
+    renormalise="norm_topk_prob",
+    count_keys=("n_routed_experts",),
+    groups="n_group",
+)

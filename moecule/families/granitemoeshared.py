@@ -1,0 +1,5 @@
+"""Granite MoE with a shared expert: routing as in granitemoe."""
+
+from moecule.family import Family
+
+FAMILY = Family("granitemoeshared", router="router")

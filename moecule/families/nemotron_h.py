@@ -1,0 +1,11 @@
+"""Nemotron-H: experts without a gate; routing as in DeepSeek-V3."""
+
+from moecule.family import Family
+
+FAMILY = Family(
+    "nemotron_h",
+    scores="sigmoid",
+    renormalise="norm_topk_prob",
+    count_keys=("n_routed_experts",),
+    groups="n_group",
+)

@@ -1,0 +1,11 @@
+"""Solar Open: routing as in DeepSeek-V3."""
+
+from moecule.family import Family
+
+FAMILY = Family(
+    "solar_open",
+    scores="sigmoid",
+    renormalise="norm_topk_prob",
+    count_keys=("n_routed_experts",),
+    groups="n_group",
+)
