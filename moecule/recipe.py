@@ -117,7 +117,7 @@ class Ask:
     def cache_bytes(self, inventory: Inventory) -> int:
         """Of the KV cache that `fit` leaves room for."""
         tokens = min(self.context, inventory.max_position)
-        return 0 if self.fit is None else inventory.kv_bytes_per_token * tokens
+        return 0 if self.fit is None else inventory.cache_bytes(tokens)
 
     def check(self, recipe: Recipe, inventory: Inventory) -> None:
         """Raise RecipeError for what no plan of the recipe can meet, before there are statistics."""
