@@ -148,4 +148,3 @@ def _nominal(checkpoint: Checkpoint, model: Any, family: Family) -> float:
     bits = sum(int(w.partition("g")[0]) for layer in widths.values() for w in layer.split())
     moes = [m for layer in find_layers(model)[1] if (m := find_moe(layer, family))]
     return float(bits / sum(m.experts.num_experts for m in moes))
-

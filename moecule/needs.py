@@ -117,20 +117,28 @@ def work_of(streamed: Streamed, inventory: Inventory, recipe: Recipe) -> Work:
 
 def passes_of(statistics: Sequence[Statistic]) -> float:
     """How often a token goes through its expert for them: their products on a toy, counted."""
-    hidden, wide, t = 64, 32, 2
-    g = torch.Generator().manual_seed(0)
-    up, down = torch.randn(2 * wide, hidden, generator=g), torch.randn(hidden, wide, generator=g)
-    toy = Expert(up, down, lambda y: y[:, :wide])
-    x, ones = torch.randn(t, hidden, generator=g), torch.ones(t)
-    rank = torch.zeros(t, dtype=torch.long)
-    seen = Seen(x, ones, ones, ones, rank, ones, toy.act(x), toy(x), toy(x), x, 2, True, toy)
+    seen = toy_seen()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         for s in statistics:
             if s.of is not None:
                 s.of(seen)
             elif s.of_expert is not None:
-                s.of_expert(toy)(seen)
-    return float(counter.get_total_flops()) / (2 * t * (up.numel() + down.numel()))
+                s.of_expert(seen.expert)(seen)
+    weights = seen.expert.gate_up.numel() + seen.expert.down.numel()
+    return float(counter.get_total_flops()) / (2 * len(seen.x) * weights)
+
+
+def toy_seen() -> Seen:
+    """A small expert and what it saw, to try statistics on."""
+    hidden, wide, t = 64, 32, 2
+    g = torch.Generator().manual_seed(0)
+    up, down = torch.randn(2 * wide, hidden, generator=g), torch.randn(hidden, wide, generator=g)
+    toy = Expert(up, down, lambda y: y[:, :wide])
+    x, ones, rank = torch.randn(t, hidden, generator=g), torch.ones(t), torch.zeros(t).long()
+    return Seen(
+        x, ones, ones, ones, rank, ones, toy.act(x), toy(x), toy(x), x,
+        top_k=2, renormalised=True, expert=toy,
+    )  # fmt: skip
 
 
 def needs_of(work: Work, out_bytes: int, compute: Compute) -> Needs:
@@ -189,9 +197,7 @@ def _moments(work: Work, out_bytes: int, chunk: int) -> dict[str, dict[tuple[str
     # x; expert and rank of each pair, its coefficient and place in the order
     heard = work.tokens * (hidden * item + 20 * work.top_k)
     # what the experts and the router gave, and the gradient; probabilities, ratios
-    said = work.tokens * (
-        (1 + work.backward) * hidden * item + 8 * e.n + 16 * work.top_k
-    )
+    said = work.tokens * ((1 + work.backward) * hidden * item + 8 * e.n + 16 * work.top_k)
     share = min(work.batch, FULL * work.batch * work.top_k // e.n + 1)
     largest = max(e.gate_up[0] * e.gate_up[1], e.down[0] * e.down[1])
     trials = round(work.trials) * e.weights * item + (10 * largest * 4 if work.trials else 0)

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from pathlib import Path
 
 RUN = """
@@ -29,31 +28,52 @@ else:
     plan = moecule.plan(out + "/stats", recipe=chosen)
     moecule.apply(model, plan, out, sampling=chosen.data)
 took = time.perf_counter() - start
-print(json.dumps([peak(resource.RUSAGE_SELF), peak(resource.RUSAGE_CHILDREN), before, took]))
+import torch
+device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+print(json.dumps({"own": peak(resource.RUSAGE_SELF), "imports": before, "took": took, "device": device}))
 """
 
 
 def on_disk(folder: Path) -> int:
     """Bytes of all files in `folder`, as far as they can be seen while others come and go."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:  # gone since it was listed
-            continue
+    for place, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.stat(Path(place) / name).st_size
+            except FileNotFoundError:  # gone since it was listed
+                continue
     return total
 
 
-def measured(model: str, recipe: str, samples: str, length: str) -> dict[str, list[float]]:
-    """{verb: [own peak, child's peak, after imports, seconds, disk]}, in bytes but for the seconds."""
-    found = {}
+def resident(pid: int) -> int:
+    """Bytes in memory of all processes below this one."""
+    total = 0
+    try:
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            for child in map(int, (thread / "children").read_text().split()):
+                pages = int(Path(f"/proc/{child}/statm").read_text().split()[1])
+                total += pages * 4096 + resident(child)
+    except (FileNotFoundError, ProcessLookupError):  # ended since it was listed
+        return total
+    return total
+
+
+def measured(model: str, recipe: str, samples: str, length: str) -> dict[str, dict[str, float]]:
+    """{verb: what was seen}: bytes, and the seconds it took.
+
+    own: of the process at its peak; imports: before it began; host: with the process that opens the
+    output afresh, seen every 20 ms.
+    """
+    found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for verb in ("calibrate", "apply"):
-            most, done = [0], threading.Event()
+            most, done = [0, 0], threading.Event()
 
             def watch(most: list[int] = most, done: threading.Event = done) -> None:
                 while not done.wait(0.02):
                     most[0] = max(most[0], on_disk(Path(folder)))
+                    most[1] = max(most[1], resident(os.getpid()))
 
             watcher = threading.Thread(target=watch)
             watcher.start()
@@ -65,12 +85,13 @@ def measured(model: str, recipe: str, samples: str, length: str) -> dict[str, li
             watcher.join()
             if ended.returncode:
                 raise SystemExit(ended.stderr)
-            found[verb] = [*json.loads(ended.stdout.splitlines()[-1]), most[0]]
+            seen = json.loads(ended.stdout.splitlines()[-1])
+            found[verb] = {**seen, "disk": most[0], "host": max(most[1], seen["own"])}
     return found
 
 
 def main(recipe: str, samples: str, length: str, *models: str) -> None:
-    """A row a model."""
+    """Rows of a table, four a model: memory of host and device, disk, seconds."""
     for model in models:
         asked = ["--recipe", recipe, "--samples", samples, "--length", length, "--json"]
         said = subprocess.run(
@@ -78,7 +99,26 @@ def main(recipe: str, samples: str, length: str, *models: str) -> None:
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         guess, real = json.loads(said.stdout), measured(model, recipe, samples, length)
-        print(json.dumps({"model": Path(model).name, "estimate": guess, "measured": real}))
+        print(json.dumps({"guess": guess["needs"] | guess["pace"], "real": real}), file=sys.stderr)
+        needs, imports = guess["needs"], real["calibrate"]["imports"]
+        rows = {
+            "host, MB": (needs["host_bytes"] - imports, most(real, "host") - imports, 1e6),
+            "disk, MB": (needs["disk_bytes"], most(real, "disk"), 1e6),
+            "calibrate, s": (guess["pace"]["seconds"]["calibrate"], real["calibrate"]["took"], 1),
+            "apply, s": (guess["pace"]["seconds"]["apply"], real["apply"]["took"], 1),
+        }
+        if most(real, "device"):
+            rows["device, MB"] = (needs["device_bytes"], most(real, "device"), 1e6)
+        for what, (a, b, unit) in rows.items():
+            name = f"{Path(model).name}, {recipe}, {samples} x {length}"
+            print(
+                f"| {name} | {what} | {a / unit:.0f} | {b / unit:.0f} | {a / b:.2f} |", flush=True
+            )
+
+
+def most(real: dict[str, dict[str, float]], what: str) -> float:
+    """Over both verbs."""
+    return max(found[what] for found in real.values())
 
 
 if __name__ == "__main__":
