@@ -77,6 +77,7 @@ def inspect(
     length: Length = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    states: StatesAt = "auto",
     time: Annotated[bool, typer.Option(help="Measure rates and estimate the time.")] = True,
     json_: Json = False,
 ) -> None:
@@ -89,7 +90,7 @@ def inspect(
         model,
         recipe=_recipe(recipe, set_, samples, length),
         ask=Ask(bits, size, fit, context),
-        compute=_compute(device, dtype, trust=False),
+        compute=_compute(device, dtype, False, states),
         time=time,
     )
     if json_:

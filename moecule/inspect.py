@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -182,7 +183,7 @@ def _needs_rows(needs: Needs) -> list[tuple[str, str]]:
     ]
 
 
-def _largest(terms: dict[str, int]) -> str:
+def _largest(terms: Mapping[str, int]) -> str:
     what = max(terms, key=lambda name: terms[name])
     return f"{what}, {format_size(terms[what])}"
 

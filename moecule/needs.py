@@ -6,7 +6,7 @@ Sums over what is held at the same time, from shapes alone. All sizes are in byt
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,7 +24,7 @@ from moecule.states import Place, choose_place
 from moecule.stats import COUNT, Seen, Statistic
 from moecule.writer import SINGLE_BYTES
 
-RUNTIME_BYTES = 600 * 10**6  # Python, torch and transformers themselves
+RUNTIME_BYTES = 450 * 10**6  # Python, torch, transformers, and what their kernels keep
 FULL = 4  # times its even share that the busiest expert gets of a batch
 Sizes = dict[str, int]  # by what is held
 
@@ -143,10 +143,14 @@ def toy_seen() -> Seen:
 
 def needs_of(work: Work, out_bytes: int, compute: Compute) -> Needs:
     """`out_bytes`: of the checkpoint that is to be made. Where there is room is asked now."""
-    device = compute.torch_device()
+    device, size = compute.torch_device(), compute.ranks.size
+    work = replace(work, tokens=-(-work.tokens // size))  # of one of the processes
     place = compute.states
     if place == "auto":
         place = choose_place(work.states, work.copies, device)
+    # as in session.trail_of
+    close = device.type == "cpu" or choose_place(work.states, 4, device) == "device"
+    aside = "device" if close else "host"
     chunk = HOST_CHUNK_BYTES
     if device.type == "cuda":
         chunk = int(DEVICE_SHARE * torch.cuda.get_device_properties(device).total_memory)
@@ -154,7 +158,7 @@ def needs_of(work: Work, out_bytes: int, compute: Compute) -> Needs:
     for moment in _moments(work, out_bytes, chunk).values():
         near, far = Sizes(), {"Python, torch, transformers": RUNTIME_BYTES}
         for (what, where), size in moment.items():
-            side = place if where == "states" else where
+            side = {"states": place, "heard": aside}.get(where, where)
             if side != "disk":
                 (near if side == "device" and device.type == "cuda" else far)[what] = size
         on_device = max(on_device, near, key=lambda sizes: sum(sizes.values()))
@@ -182,7 +186,7 @@ def _disk(work: Work, out_bytes: int) -> Sizes:
 
 
 def _moments(work: Work, out_bytes: int, chunk: int) -> dict[str, dict[tuple[str, str], int]]:
-    """{moment: {(what, device, host or states): bytes}}; states: where hidden states lie."""
+    """{moment: {(what, where): bytes}}: device, host, or where hidden states or what is heard lie."""
     item, hidden, e = work.item, work.hidden, work.widest
     rows, wide = e.gate_up[0], e.down[1]
     layer = {
@@ -210,10 +214,10 @@ def _moments(work: Work, out_bytes: int, chunk: int) -> dict[str, dict[tuple[str
             ("a layer put together", "device"): 2 * e.n * rows * e.gate_up[1] * item,
         },
         "pass": {
-            **layer, **ahead, **states, **passing, ("what the block heard", "states"): heard + said,
+            **layer, **ahead, **states, **passing, ("what the block heard", "heard"): heard + said,
         },
         "experts": {
-            **layer, **ahead, **states, ("what the block heard", "states"): heard + said,
+            **layer, **ahead, **states, ("what the block heard", "heard"): heard + said,
             ("trials of one expert", "device"): trials + seen,
         },
         "loss": {
@@ -221,7 +225,7 @@ def _moments(work: Work, out_bytes: int, chunk: int) -> dict[str, dict[tuple[str
             ("logits of a window", "device"): 7 * work.window * work.vocabulary * 4,
         },
         "round": {
-            **layer, **ahead, **few, ("what the block heard", "states"): heard,
+            **layer, **ahead, **few, ("what the block heard", "heard"): heard,
             ("experts being rounded", "device"): _rounding(work, chunk),
         },
         "write": {

@@ -28,6 +28,7 @@ EFFICIENCY = 0.6  # of the measured rate of products, which attention, norms and
 CALLS = 150  # small operations of one layer for one batch, routing and attention together
 CALLS_BACK = 350  # with its gradient
 CHECK_S = 10.0  # a fresh process imports transformers and opens the output
+START_S = 1.5  # reading and cutting the text, embedding it
 TIMED_S = 0.05  # that one measurement takes at least
 SAMPLE_BYTES = 64 * 2**20  # read from the checkpoint for its rate, at most
 
@@ -76,6 +77,7 @@ def pace_of(
         computing = sum(s for what, s in found.items() if what != "reading and writing")
         seconds[verb] = max(computing, found["reading and writing"])
     terms["apply"]["check"] = CHECK_S
+    seconds = {verb: s + START_S for verb, s in seconds.items()}
     seconds["apply"] += CHECK_S
     return Pace(seconds, terms, rates)
 
@@ -152,7 +154,7 @@ class _Counter(TorchDispatchMode):
     """Counts operations, and the elements of what all but products give."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls, self.elements = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -166,9 +168,9 @@ class _Counter(TorchDispatchMode):
 def _small(recipe: Recipe) -> tuple[float, float]:
     """(calls for an expert and a batch, elements for a token and a hidden channel) of the statistics."""
     seen = toy_seen()
-    bound = [
-        s.of or s.of_expert(seen.expert) for s in recipe.needs() if s.of or s.of_expert
-    ]  # what is made once is not counted
+    # what is made once is not counted
+    bound = [s.of for s in recipe.needs() if s.of is not None]
+    bound += [s.of_expert(seen.expert) for s in recipe.needs() if s.of_expert is not None]
     with _Counter() as counter, torch.no_grad():
         for of in bound:
             of(seen)

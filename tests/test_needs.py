@@ -16,7 +16,7 @@ from moecule.cache import caches_of
 from moecule.errors import RecipeError
 from moecule.inspect import budget_of, inspect
 from moecule.inventory import take_inventory
-from moecule.needs import needs_of, passes_of, work_of
+from moecule.needs import RUNTIME_BYTES, needs_of, passes_of, work_of
 from moecule.pace import pace_of
 from moecule.pack import chunks
 from moecule.recipe import Ask, load_recipe
@@ -209,7 +209,7 @@ def test_needs_follow_the_text_and_the_gradient(opened):
     )
     states = 6 * 10**7 * 32 * 4
     assert on_host.states_bytes == on_disk.states_bytes == states
-    assert on_host.host_bytes - on_disk.host_bytes > states
+    assert on_host.host_bytes - on_disk.host_bytes >= states
     assert on_host.disk_terms["hidden states to go on from"] == states
 
 
@@ -227,7 +227,7 @@ def test_experts_are_rounded_in_the_chunks_that_are_priced(opened):
     shapes = torch.empty(e.n, *e.gate_up), torch.empty(e.n, *e.down)
     assert len(chunks(*shapes, torch.device("cpu"))) == 1
     needs = needs_of(work, 10**6, Compute("cpu"))
-    assert needs.host_bytes > 600 * 10**6
+    assert needs.host_bytes > RUNTIME_BYTES
 
 
 def test_inspect_as_a_function_measures_where_it_is_asked(checkpoint):
