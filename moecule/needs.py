@@ -25,6 +25,7 @@ from moecule.stats import COUNT, Seen, Statistic
 from moecule.writer import SINGLE_BYTES
 
 RUNTIME_BYTES = 450 * 10**6  # Python, torch, transformers, and what their kernels keep
+KEPT_BYTES = 300 * 10**6  # freed pieces that the allocator of a CPU does not give back, at most
 FULL = 4  # times its even share that the busiest expert gets of a batch
 Sizes = dict[str, int]  # by what is held
 
@@ -155,12 +156,17 @@ def needs_of(work: Work, out_bytes: int, compute: Compute) -> Needs:
     if device.type == "cuda":
         chunk = int(DEVICE_SHARE * torch.cuda.get_device_properties(device).total_memory)
     on_device, on_host = Sizes(), Sizes()
-    for moment in _moments(work, out_bytes, chunk).values():
+    moments = _moments(work, out_bytes, chunk)
+    for name, moment in moments.items():
         near, far = Sizes(), {"Python, torch, transformers": RUNTIME_BYTES}
         for (what, where), size in moment.items():
             side = {"states": place, "heard": aside}.get(where, where)
             if side != "disk":
                 (near if side == "device" and device.type == "cuda" else far)[what] = size
+        if device.type == "cpu":  # at the end the pieces of what was before are there yet
+            before = moments["round"] if name == "check" else moment
+            held = sum(before.values()) // (1 if name == "check" else 2)
+            far["what the allocator keeps"] = min(held, KEPT_BYTES)
         on_device = max(on_device, near, key=lambda sizes: sum(sizes.values()))
         on_host = max(on_host, far, key=lambda sizes: sum(sizes.values()))
     on_disk = _disk(work, out_bytes)

@@ -195,7 +195,7 @@ def measure(streamed: Streamed, recipe: Recipe, work: Work) -> Rates:
     spread = rand(n, n)
     hessian = spread @ spread.mT + n * torch.eye(n, device=device)
     little = wide[:8]
-    few, some = _encode(recipe, rand, 1), _encode(recipe, rand, 64 if not big else 4096)
+    few, some = _encode(recipe, rand, 1), _encode(recipe, rand, 2048 if not big else 2**15)
     columns_s, sample_s = _timed(few[0], device), _timed(some[0], device)
     return Rates(
         flop_per_s=2 * m * rows * columns / _timed(lambda: x @ w.mT, device),
@@ -204,7 +204,7 @@ def measure(streamed: Streamed, recipe: Recipe, work: Work) -> Rates:
         call_s=_timed(lambda: little + 1.0, device),
         rounding_s=max(sample_s - columns_s, 0.0) / (some[1] - few[1]),
         column_s=columns_s / some[2],
-        trial_s=_trials(recipe, rand, device, e.gate_up, e.down, 2**24 if big else 2**16),
+        trial_s=_trials(recipe, rand, device, e.gate_up, e.down, 2**24 if big else 2**19),
         read_bytes_per_s=_reading(streamed),
     )
 
@@ -213,15 +213,13 @@ Rand = Callable[..., torch.Tensor]
 
 
 def _encode(recipe: Recipe, rand: Rand, rows: int) -> tuple[Callable[[], Any], int, int]:
-    """(rounding two groups of columns at every width of the recipe, weights, columns)."""
-    least, most = recipe.widths()
-    bits = tuple(range(least, most + 1))
-    n = 2 * recipe.group
-    w, x = rand(len(bits), rows, n), rand(2 * n, n)
-    grams = (x.mT @ x).expand(len(bits), n, n).contiguous()
+    """(rounding two groups of columns, weights, columns)."""
+    bits, n = (max(1, round(recipe.bits)),), 2 * recipe.group
+    w, x = rand(1, rows, n), rand(2 * n, n)
+    gram = (x.mT @ x)[None]
     encode = load_method(recipe.encode.method, "encode").encode
     assert encode is not None  # load_method saw to it
-    return (lambda: encode(w, grams, bits, recipe.group, recipe.encode.options)), w.numel(), n
+    return (lambda: encode(w, gram, bits, recipe.group, recipe.encode.options)), w.numel(), n
 
 
 def _trials(
@@ -254,10 +252,8 @@ def _timed(work: Callable[[], Any], device: torch.device) -> float:
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
-    first, start = once(), time.perf_counter()
-    if first > 4 * TIMED_S and device.type == "cpu":
-        return first
-    best = once()  # the first of a kind sets things up
+    once()  # the first of a kind sets things up
+    start, best = time.perf_counter(), once()
     while time.perf_counter() - start < TIMED_S:
         best = min(best, once())
     return best

@@ -1,6 +1,6 @@
 """Calibrating and applying, each in a fresh process: peak memory, disk and time beside the estimate.
 
-python measure.py RECIPE SAMPLES LENGTH MODEL...      prints a row of the README's tables a model
+python measure.py RECIPE SAMPLES LENGTH MODEL...      prints rows of the README's table
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ def peak(who): return resource.getrusage(who).ru_maxrss * 1024
 verb, model, out, recipe, samples, length = sys.argv[1:]
 chosen = load_recipe(recipe, {"data.samples": int(samples), "data.length": int(length)})
 import transformers.generation, transformers.quantizers, transformers.core_model_loading
-before, start = peak(resource.RUSAGE_SELF), time.perf_counter()
+before, start, at = peak(resource.RUSAGE_SELF), time.perf_counter(), time.process_time()
 if verb == "calibrate":
     moecule.calibrate(model, out + "/stats", recipe=chosen)
 else:
     plan = moecule.plan(out + "/stats", recipe=chosen)
     moecule.apply(model, plan, out, sampling=chosen.data)
 took = time.perf_counter() - start
+used = sum(r.ru_utime + r.ru_stime for r in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
 import torch
 device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-print(json.dumps({"own": peak(resource.RUSAGE_SELF), "imports": before, "took": took, "device": device}))
+print(json.dumps({"own": peak(resource.RUSAGE_SELF), "imports": before, "took": took, "cpu": used - at, "device": device}))
 """
 
 
@@ -106,6 +107,8 @@ def main(recipe: str, samples: str, length: str, *models: str) -> None:
             "disk, MB": (needs["disk_bytes"], most(real, "disk"), 1e6),
             "calibrate, s": (guess["pace"]["seconds"]["calibrate"], real["calibrate"]["took"], 1),
             "apply, s": (guess["pace"]["seconds"]["apply"], real["apply"]["took"], 1),
+            "calibrate, CPU s": (guess["pace"]["seconds"]["calibrate"], real["calibrate"]["cpu"], 1),
+            "apply, CPU s": (guess["pace"]["seconds"]["apply"], real["apply"]["cpu"], 1),
         }
         if most(real, "device"):
             rows["device, MB"] = (needs["device_bytes"], most(real, "device"), 1e6)
