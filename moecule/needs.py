@@ -134,7 +134,7 @@ def toy_seen() -> Seen:
     hidden, wide, t = 64, 32, 2
     g = torch.Generator().manual_seed(0)
     up, down = torch.randn(2 * wide, hidden, generator=g), torch.randn(hidden, wide, generator=g)
-    toy = Expert(up, down, lambda y: y[:, :wide])
+    toy = Expert(up, down, lambda y: y[..., :wide])
     x, ones, rank = torch.randn(t, hidden, generator=g), torch.ones(t), torch.zeros(t).long()
     return Seen(
         x, ones, ones, ones, rank, ones, toy.act(x), toy(x), toy(x), x,
@@ -210,8 +210,11 @@ def _moments(work: Work, out_bytes: int, chunk: int) -> dict[str, dict[tuple[str
     said = work.tokens * ((1 + work.backward) * hidden * item + 8 * e.n + 16 * work.top_k)
     share = min(work.batch, FULL * work.batch * work.top_k // e.n + 1)
     largest = max(e.gate_up[0] * e.gate_up[1], e.down[0] * e.down[1])
-    trials = round(work.trials) * e.weights * item + (10 * largest * 4 if work.trials else 0)
+    widths = round(work.trials)
+    # all widths at once, stacked; and what rounding one of the matrices takes
+    trials = widths * (e.weights + largest) * item + (10 * largest * 4 if widths else 0)
     seen = share * ((5 * hidden + rows + 3 * wide) * item + 32 * hidden)
+    seen += widths * share * (rows + wide + 2 * hidden) * item
     return {
         "load": {
             **layer,

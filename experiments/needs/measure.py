@@ -28,10 +28,12 @@ else:
     plan = moecule.plan(out + "/stats", recipe=chosen)
     moecule.apply(model, plan, out, sampling=chosen.data)
 took = time.perf_counter() - start
-used = sum(r.ru_utime + r.ru_stime for r in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+of = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+used = sum(r.ru_utime + r.ru_stime for r in of) - at
 import torch
 device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-print(json.dumps({"own": peak(resource.RUSAGE_SELF), "imports": before, "took": took, "cpu": used - at, "device": device}))
+own = peak(resource.RUSAGE_SELF)
+print(json.dumps({"own": own, "imports": before, "took": took, "cpu": used, "device": device}))
 """
 
 
@@ -107,7 +109,11 @@ def main(recipe: str, samples: str, length: str, *models: str) -> None:
             "disk, MB": (needs["disk_bytes"], most(real, "disk"), 1e6),
             "calibrate, s": (guess["pace"]["seconds"]["calibrate"], real["calibrate"]["took"], 1),
             "apply, s": (guess["pace"]["seconds"]["apply"], real["apply"]["took"], 1),
-            "calibrate, CPU s": (guess["pace"]["seconds"]["calibrate"], real["calibrate"]["cpu"], 1),
+            "calibrate, CPU s": (
+                guess["pace"]["seconds"]["calibrate"],
+                real["calibrate"]["cpu"],
+                1,
+            ),
             "apply, CPU s": (guess["pace"]["seconds"]["apply"], real["apply"]["cpu"], 1),
         }
         if most(real, "device"):
