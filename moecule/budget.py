@@ -43,6 +43,15 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class Cache:
+    """What decoding one sequence keeps of its past tokens, in layers that do alike."""
+
+    token_bytes: int  # of one token
+    window: int | None = None  # tokens kept at most; None: all
+    state_bytes: int = 0  # whatever the number of tokens
+
+
+@dataclass(frozen=True)
 class Inventory:
     """What a checkpoint is made of; enough to price a plan without opening it."""
 
@@ -51,7 +60,7 @@ class Inventory:
     embedding_bytes: int  # embeddings and head
     other_bytes: int  # norms, biases, what no plan touches
     other_weights: int
-    kv_bytes_per_token: int
+    caches: tuple[Cache, ...]
     max_position: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -63,7 +72,14 @@ class Inventory:
         """The inverse of `as_dict`, after JSON made keys of numbers and lists of tuples."""
         experts = {int(i): LayerExperts(**_tuples(e)) for i, e in doc["experts"].items()}
         weights = {n: Weight(**_tuples(w)) for n, w in doc["weights"].items()}
-        return Inventory(**{**doc, "experts": experts, "weights": weights})
+        caches = tuple(Cache(**c) for c in doc["caches"])
+        return Inventory(**{**doc, "experts": experts, "weights": weights, "caches": caches})
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Of the KV cache of `tokens` tokens, at 16 bits, and of recurrent states."""
+        return sum(
+            c.state_bytes + c.token_bytes * min(tokens, c.window or tokens) for c in self.caches
+        )
 
     @property
     def expert_weights(self) -> int:

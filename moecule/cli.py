@@ -66,14 +66,33 @@ SkipFlag = Annotated[bool, typer.Option("--skip", help="With the online skipping
 
 @app.command()
 def inspect(
-    model: Model, recipe: RecipeName = "mc", device: Device = "auto", json_: Json = False
+    model: Model,
+    recipe: RecipeName = "mc",
+    set_: Sets = None,
+    bits: Bits = None,
+    size: Size = None,
+    fit: Fit = None,
+    context: Context = 4096,
+    samples: Samples = None,
+    length: Length = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    states: StatesAt = "auto",
+    time: Annotated[bool, typer.Option(help="Measure rates and estimate the time.")] = True,
+    json_: Json = False,
 ) -> None:
-    """Show what a model holds, and what compressing it would take."""
+    """Show what a model holds, and what compressing it would take: bytes, bits and time."""
     from moecule.inspect import inspect as look
     from moecule.inspect import table
-    from moecule.session import Compute
+    from moecule.verbs import Ask
 
-    found = look(model, recipe=recipe, compute=Compute(device))
+    found = look(
+        model,
+        recipe=_recipe(recipe, set_, samples, length),
+        ask=Ask(bits, size, fit, context),
+        compute=_compute(device, dtype, False, states),
+        time=time,
+    )
     if json_:
         print_json(asdict(found))
         return

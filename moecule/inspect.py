@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from moecule.budget import Inventory, bytes_by_part, format_size
-from moecule.data import window_length
-from moecule.hf import PACKED, Streamed, skeleton
+from moecule.budget import Inventory, bytes_by_part, format_size, within
+from moecule.errors import CheckpointError
+from moecule.hf import PACKED, skeleton
 from moecule.inventory import take_inventory, weigh
+from moecule.method import load_method
 from moecule.moe import experts_of, find_layers, find_moe
+from moecule.needs import Needs, needs_of, work_of
+from moecule.pace import Pace, pace_of
 from moecule.plan import Keep, Plan
-from moecule.recipe import Recipe, load_recipe
-from moecule.session import Compute, open_checkpoint, state_bytes, stream
+from moecule.recipe import Ask, Recipe, load_recipe
+from moecule.session import Compute, open_checkpoint, stream
+
+NO_WISH = Ask()
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a recipe can make of what was asked for; bits as an even plan has them."""
+
+    asked: str  # "fit 24GB, 4096 tokens"
+    size_bytes: int  # of the checkpoint that comes of it
+    weights_bytes: int | None  # that it may take: of --size, or of --fit less the cache
+    cache_bytes: int  # of the KV cache, at 16 bits
+    nominal_bits: float
+    bits_per_weight: float  # true, of the routed experts
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """Facts of a model; the last three are of the chosen recipe, None for a compressed model."""
+    """Facts of a model; the last ones are of the chosen recipe, None for a compressed model."""
 
     model: str
     family: str
@@ -34,14 +52,23 @@ class Inspection:
     nominal_bits: float
     bytes_by_part: dict[str, int]
     sizes_by_bits: dict[str, int] | None = None  # of the checkpoint at 1, 2, 3 and 4 code bits
-    device_bytes: int | None = None  # needed at most for calibrating and applying
-    host_bytes: int | None = None
+    budget: Budget | None = None
+    needs: Needs | None = None
+    pace: Pace | None = None  # None too where it was not asked for
 
 
 def inspect(
-    model: str | Path, *, recipe: str | Recipe = "mc", compute: Compute | None = None
+    model: str | Path,
+    *,
+    recipe: str | Recipe = "mc",
+    ask: Ask = NO_WISH,
+    compute: Compute | None = None,
+    time: bool = True,
 ) -> Inspection:
-    """Read headers and shapes only. Raises CheckpointError for what is no MoE checkpoint."""
+    """Read headers and shapes only; `time`: and measure rates for about a second.
+
+    Raises CheckpointError for what is no MoE checkpoint, RecipeError for what no plan can meet.
+    """
     checkpoint = open_checkpoint(model)
     whole, family = skeleton(checkpoint, torch.bfloat16)
     layers = find_layers(whole)[1]
@@ -62,13 +89,52 @@ def inspect(
         **{k: v for k, v in weigh(checkpoint).items() if k in _SIZES},
     )
     if checkpoint.config["model_type"] == PACKED:
+        if ask != NO_WISH:
+            raise CheckpointError(
+                f"{model} is compressed already, and has no budget to be spent; give the original"
+            )
         return facts
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    streamed = stream(model, compute or Compute(), empty=True)
+    return _foreseen(facts, chosen, ask, compute or Compute(), time=time)
+
+
+def _foreseen(
+    facts: Inspection, recipe: Recipe, ask: Ask, compute: Compute, *, time: bool
+) -> Inspection:
+    """With what the recipe will make and take."""
+    streamed = stream(facts.model, compute, empty=True)
     inventory = take_inventory(streamed)
-    needs = memory_needs(inventory, chosen, streamed)
-    at = {str(b): _size_at(inventory, chosen, b) for b in (1, 2, 3, 4)}
-    return replace(facts, sizes_by_bits=at, device_bytes=needs[0], host_bytes=needs[1])
+    budget, work = budget_of(inventory, recipe, ask), work_of(streamed, inventory, recipe)
+    size = budget.size_bytes
+    return replace(
+        facts,
+        sizes_by_bits={str(b): _size_at(inventory, recipe, b) for b in (1, 2, 3, 4)},
+        budget=budget,
+        needs=needs_of(work, size, compute),
+        pace=pace_of(streamed, inventory, recipe, work, size) if time else None,
+    )
+
+
+def budget_of(inventory: Inventory, recipe: Recipe, ask: Ask) -> Budget:
+    """An even plan that keeps within what was asked. Raises RecipeError where none does."""
+    ask.check(recipe, inventory)
+    room = ask.size_bytes(inventory)
+    bits = recipe.bits if ask.bits is None else ask.bits
+    whole = load_method(recipe.allocate.method, "allocate").whole_bits
+    plan = (
+        recipe.even(inventory, bits)
+        if room is None
+        else within(lambda b: recipe.even(inventory, b), inventory, room, whole=whole)
+    )
+    sizes = bytes_by_part(inventory, plan)
+    return Budget(
+        asked=ask.text(recipe),
+        size_bytes=sum(sizes.values()),
+        weights_bytes=room,
+        cache_bytes=inventory.cache_bytes(min(ask.context, inventory.max_position)),
+        nominal_bits=plan.nominal_bits,
+        bits_per_weight=8 * sizes["experts"] / inventory.expert_weights,
+    )
 
 
 def table(found: Inspection, recipe: str) -> list[tuple[str, str]]:
@@ -89,10 +155,56 @@ def table(found: Inspection, recipe: str) -> list[tuple[str, str]]:
     rows += [(f"  {p}", format_size(size)) for p, size in found.bytes_by_part.items() if size]
     for bits, size in (found.sizes_by_bits or {}).items():
         rows.append((f"at {bits} bits", f"{format_size(size)} ({recipe})"))
-    if found.host_bytes is not None and found.device_bytes is not None:
-        host, device = format_size(found.host_bytes), format_size(found.device_bytes)
-        rows.append(("peak memory", f"{host} host, {device} device ({recipe})"))
+    if found.budget is not None:
+        rows += _budget_rows(found.budget)
+    if found.needs is not None:
+        rows += _needs_rows(found.needs)
+    if found.pace is not None:
+        rows += _pace_rows(found.pace)
     return rows
+
+
+def _budget_rows(budget: Budget) -> list[tuple[str, str]]:
+    bits = f"{budget.nominal_bits:.2f} bits nominal, {budget.bits_per_weight:.2f} true"
+    rows = [("KV cache", format_size(budget.cache_bytes))]
+    if budget.weights_bytes is not None:
+        rows.append(("room for weights", format_size(budget.weights_bytes)))
+    return [*rows, (budget.asked, f"{bits}, {format_size(budget.size_bytes)}")]
+
+
+def _needs_rows(needs: Needs) -> list[tuple[str, str]]:
+    device = f", {format_size(needs.device_bytes)} device" if needs.device_bytes else ""
+    where = {"device": "on the device", "host": "in host memory", "disk": "on disk"}[needs.states]
+    return [
+        ("peak memory", f"{format_size(needs.host_bytes)} host{device}"),
+        ("  of it most", _largest(needs.device_terms or needs.host_terms)),
+        ("disk", f"{format_size(needs.disk_bytes)} ({_largest(needs.disk_terms)})"),
+        ("hidden states", f"{where}, {format_size(needs.states_bytes)}"),
+    ]
+
+
+def _largest(terms: Mapping[str, int]) -> str:
+    what = max(terms, key=lambda name: terms[name])
+    return f"{what}, {format_size(terms[what])}"
+
+
+def _pace_rows(pace: Pace) -> list[tuple[str, str]]:
+    whole = sum(pace.seconds.values())
+    parts = ", ".join(f"{verb} {_duration(s)}" for verb, s in pace.seconds.items())
+    rates = f"{pace.rates.flop_per_s / 1e12:.2g} TFLOP/s and {pace.rates.read_bytes_per_s / 1e9:.2g} GB/s"
+    rows = [("time", f"about {_duration(whole)} ({parts}), at {rates} measured")]
+    for verb, terms in pace.terms.items():
+        found = sorted(terms.items(), key=lambda item: -item[1])[:3]
+        rows.append((f"  {verb}", ", ".join(f"{what} {_duration(s)}" for what, s in found)))
+    return rows
+
+
+def _duration(seconds: float) -> str:
+    """Two figures at most: nothing is known better."""
+    for unit, size in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.2g} {unit}"
+    return f"{seconds:.2g} s"
 
 
 _SIZES = ("size_bytes", "bits_per_weight", "nominal_bits", "bytes_by_part")
@@ -101,32 +213,3 @@ _SIZES = ("size_bytes", "bits_per_weight", "nominal_bits", "bytes_by_part")
 def _size_at(inventory: Inventory, recipe: Recipe, bits: int) -> int:
     layers = {i: (Keep(bits, recipe.group),) * e.n for i, e in inventory.experts.items()}
     return sum(bytes_by_part(inventory, Plan("", "", layers, rest=recipe.rest)).values())
-
-
-def memory_needs(inventory: Inventory, recipe: Recipe, streamed: Streamed) -> tuple[int, int]:
-    """(device, host) bytes at the peak of calibrating and applying; an estimate from shapes.
-
-    One layer with a rounded copy of its experts, what its block hears, two gram matrices an expert,
-    embeddings and head; and the hidden states of the calibration text, a layer's input and output.
-    Statistics that read gradients keep every layer's input.
-    """
-    config, item = streamed.model.config.get_text_config(), streamed.model.dtype.itemsize
-    tokens = recipe.data.samples * window_length(streamed.model.config, recipe.data.length)
-    state = tokens * state_bytes(streamed)
-    backward = any(s.backward for s in recipe.needs())
-    kept = len(streamed.layers) + 3 if backward else 4
-    widest = max(inventory.experts.values(), key=lambda e: e.n * e.weights)
-    grams = 4 * widest.n * (widest.gate_up[1] ** 2 + widest.down[1] ** 2)
-    top_k = next(m.top_k for i in range(len(streamed.layers)) if (m := streamed.moe(i)))
-    heard = tokens * (2 * config.hidden_size * item + 4 * (widest.n + 2 * top_k))
-    layer = 3 * widest.n * widest.weights * item + sum(
-        w.shape[0] * w.shape[1] * item
-        for w in inventory.weights.values()
-        if w.layer == max(inventory.experts)
-    )
-    outer = inventory.embedding_bytes * item // 2
-    device = layer + grams + heard + outer + kept * state
-    on_cpu = streamed.device.type == "cpu"
-    runtime = 600 * 10**6  # Python, torch and transformers themselves
-    shard = inventory.embedding_bytes + 2 * widest.n * widest.weights * item
-    return (0, device + shard + runtime) if on_cpu else (device, shard + runtime)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from moecule.budget import Inventory, LayerExperts, Weight
+from moecule.cache import caches_of
 from moecule.checkpoint import Checkpoint
 from moecule.family import Family
 from moecule.hf import PACKED, Streamed, skeleton
@@ -66,7 +67,7 @@ def take_inventory(streamed: Streamed) -> Inventory:
         embedding_bytes=sum(size for n, size in disk.items() if part_of[n] == "embeddings"),
         other_bytes=other,
         other_weights=sum(places[n].numel() for n in disk if n not in inside),
-        kv_bytes_per_token=_kv_bytes(model.config.get_text_config(), len(streamed.layers)),
+        caches=caches_of(model),
         max_position=int(getattr(model.config.get_text_config(), "max_position_embeddings", 2048)),
     )
 
@@ -157,15 +158,3 @@ def _nominal(checkpoint: Checkpoint, model: Any, family: Family) -> float:
     bits = sum(int(w.partition("g")[0]) for layer in widths.values() for w in layer.split())
     moes = [m for layer in find_layers(model)[1] if (m := find_moe(layer, family))]
     return float(bits / sum(m.experts.num_experts for m in moes))
-
-
-def _kv_bytes(config: Any, layers: int) -> int:
-    """Of keys and values of one token in all layers, at 16 bits."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    if getattr(config, "kv_lora_rank", None):  # latent attention is cached unfolded
-        width = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
-    else:
-        width = 2 * (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
-    return int(layers * heads * width * 2)

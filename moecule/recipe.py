@@ -72,6 +72,25 @@ class Recipe:
         layers = {i: (keep,) * experts.n for i, experts in inventory.experts.items()}
         return Plan("", "", layers, rest=self.rest)
 
+    def even(self, inventory: Inventory, bits: float) -> Plan:
+        """A plan that gives all experts the widths next to `bits`, so many each as make the mean.
+
+        It prices a budget before there are statistics. Raises RecipeError as `check_bits` does.
+        """
+        self.check_bits(bits)
+        widths = getattr(self.allocate.options, "bits", tuple(range(1, 9)))
+        low = max(b for b in widths if b <= bits)
+        high = min((b for b in widths if b > bits), default=low + 1)
+        layers, at = {}, 0.0
+        for i, experts in inventory.experts.items():
+            layer = []
+            for _ in range(experts.n):  # spread over the layers
+                at += (bits - low) / (high - low)
+                layer.append(Keep(high if at > 1 - 1e-9 else low, self.group))
+                at -= layer[-1].bits == high
+            layers[i] = tuple(layer)
+        return Plan("", "", layers, rest=self.rest)
+
     def check_bits(self, bits: float) -> None:
         """Raise RecipeError for a mean of bits that no allocation of this recipe has."""
         whole = load_method(self.allocate.method, "allocate").whole_bits
@@ -117,7 +136,7 @@ class Ask:
     def cache_bytes(self, inventory: Inventory) -> int:
         """Of the KV cache that `fit` leaves room for."""
         tokens = min(self.context, inventory.max_position)
-        return 0 if self.fit is None else inventory.kv_bytes_per_token * tokens
+        return 0 if self.fit is None else inventory.cache_bytes(tokens)
 
     def check(self, recipe: Recipe, inventory: Inventory) -> None:
         """Raise RecipeError for what no plan of the recipe can meet, before there are statistics."""

@@ -125,7 +125,8 @@ def fit_groups(
     with torch.cuda.device(w.device):
         _fit_kernel[(e * m // block, groups)](
             w, tops, tried, scale, zero, e * m, m, w.stride(1), group, groups, power,
-            n_multiples=len(multiples), n=group, width=width, block=block, refine=refine, squares=power == 2,
+            n_multiples=len(multiples), n=group, width=width, block=block, refine=refine,
+            squares=power == 2,
             enable_fp_fusion=False, num_warps=4,
         )  # fmt: skip
     return scale, zero
