@@ -6,7 +6,7 @@ first, then what reads its output; down projections see the rounded gate and up.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,11 +95,13 @@ def apply_plan(
     writer: Writer,
     tick: Tick = lambda: None,
     trail: Trail = NO_TRAIL,
+    seen: Callable[[Step], None] = lambda step: None,
 ) -> Applied:
     """Write the compressed tensors of the whole model to `writer`; `writer.close` is the caller's.
 
-    `streamed` is used up: its layers have become what was written. Layers that the trail's journal
-    has are not done again. Raises PlanError where the plan does not fit the model.
+    `seen` is given each layer once it is what was written and the batches have passed. `streamed` is
+    used up: its layers have become what was written. Layers that the trail's journal has are not
+    done again. Raises PlanError where the plan does not fit the model.
     """
     check_plan(plan, streamed)
     codec = Codec(load_method(encode.method, "encode"), encode.options)
@@ -123,6 +125,7 @@ def apply_plan(
         if first:
             tensors = streamed.to_disk(state) if stock else _cast(streamed, state)
             writer.add(f"layer-{step.index:04d}", tensors)
+            seen(step)
     return _applied(notes, walked.last)
 
 

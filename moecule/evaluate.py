@@ -37,14 +37,15 @@ from moecule.session import (
     ASSETS,
     Compute,
     Progress,
+    fits,
     load,
+    memory_bytes,
     silent,
     stream_any,
     ticker,
     tokenizer_of,
     trail_of,
 )
-from moecule.states import free_host_bytes
 from moecule.walk import finish, walk
 
 MOST_NATS = 700.0  # exp() of more is no float, and no model that computes is so bad
@@ -139,17 +140,9 @@ def _speed(
     skip: bool = False,
 ) -> tuple[float | None, float | None]:
     """(prompt, decoded) tokens/s of the whole model, where it fits the device; else None."""
-    need, device = 1.2 * _memory(streamed), streamed.device
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes()
-    if need > free or not compute.ranks.is_first:
+    if not fits(streamed) or not compute.ranks.is_first:
         return None, None
     return speed(load(model, compute, skip=skip), prompt)
-
-
-def _memory(streamed: Streamed) -> int:
-    """Bytes of all parameters and buffers as they are when loaded."""
-    model = streamed.model
-    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
 
 
 def _plan_digest(path: Path) -> str | None:
@@ -219,7 +212,7 @@ def _result(
         original_loss_nats=means["original_loss_nats"],
         by_file=by_file,
         window=prompt.shape[1],
-        memory_bytes=_memory(streamed),
+        memory_bytes=memory_bytes(streamed),
         experts_run=experts_run(streamed.model),
         prefill_tokens_per_s=rates[0],
         decode_tokens_per_s=rates[1],

@@ -1,31 +1,18 @@
-"""The folder of a compressed checkpoint: config, plan, card, and the check that it loads.
-
-python -m moecule.folder FOLDER PROBE      opens FOLDER afresh and compares logits with PROBE
-"""
+"""The folder of a compressed checkpoint: config, plan, card."""
 
 from __future__ import annotations
 
 import copy
 import json
 import shutil
-import subprocess
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
-from jaxtyping import Float, Int
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import AutoConfig
 
 from moecule import runtime
 from moecule.apply import Applied, is_stock
 from moecule.checkpoint import INDEX, Checkpoint
-from moecule.errors import VerifyError
 from moecule.family import Family, text_part
-from moecule.hf import auto_class, auto_name
+from moecule.hf import auto_name
 from moecule.plan import Keep, Plan
 
 REQUIRED = "moecule_required"
@@ -34,10 +21,6 @@ REQUIRED_CODE = '''"""This checkpoint's experts are packed by moecule: pip insta
 import moecule
 from moecule.runtime import MoeculeConfig, MoeculeForCausalLM
 '''
-PROBE_TOKENS = 256
-# of ||difference|| / ||logits||: the same arithmetic in another batch. In 16 bits rounding also sends
-# some tokens to another expert of nearly the same score: 4e-2 was seen on random weights of width 4096
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 3e-2}
 
 
 def side_files(source: Path) -> list[Path]:
@@ -135,60 +118,3 @@ model = {auto}.from_pretrained(folder)
 ```
 {starved}
 """
-
-
-def verify(
-    folder: Path,
-    tokens: Int[Tensor, "one S"],
-    logits: Float[Tensor, "one S V"],
-    dtype: torch.dtype,
-    device: torch.device,
-    scratch: Path,
-) -> float:
-    """Open `folder` in a fresh process and compare; the relative difference of the logits.
-
-    Raises VerifyError where it is larger than rounding explains, or the folder does not load.
-    """
-    probe = scratch / "probe.safetensors"
-    save_file({"tokens": tokens.cpu(), "logits": logits.float().cpu().contiguous()}, probe)
-    command = [
-        sys.executable,
-        "-m",
-        "moecule.folder",
-        str(folder),
-        str(probe),
-        str(dtype).removeprefix("torch."),
-        str(device),
-    ]
-    run = subprocess.run(command, capture_output=True, text=True)
-    probe.unlink()
-    lines = (run.stdout if run.returncode == 0 else run.stderr).strip().splitlines() or [
-        "no output"
-    ]
-    if run.returncode != 0:
-        raise VerifyError(f"what was written does not load in a fresh process: {lines[-1]}")
-    difference = float(lines[-1])
-    if not difference <= TOLERANCE[dtype]:
-        raise VerifyError(
-            f"what was written computes something else: logits differ by {difference:.1e} of their "
-            f"norm, {TOLERANCE[dtype]:.0e} is rounding; the folder was not put in place"
-        )
-    return difference
-
-
-def _child(folder: str, probe: str, dtype: str, device: str) -> None:
-    want: Mapping[str, Tensor] = load_file(probe)
-    auto = auto_class(type(AutoConfig.from_pretrained(folder)))
-    model = auto.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
-    with torch.no_grad():
-        got = model(want["tokens"].to(device)).logits.float().cpu()
-    apart, size = (got - want["logits"]).norm(), want["logits"].norm()
-    print(float(apart / size) if size > 0 else float(apart))
-
-
-if __name__ == "__main__":
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    _child(*sys.argv[1:])

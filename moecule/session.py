@@ -32,7 +32,7 @@ from moecule.journal import Trail
 from moecule.names import names_in_memory
 from moecule.ranks import SOLO, Ranks
 from moecule.runtime import PackedConfig, prepare_model
-from moecule.states import Place, choose_place
+from moecule.states import Place, choose_place, free_host_bytes
 
 Progress = Callable[[str, int, int], None]  # (what is done, steps done, of how many)
 ASSETS = Path(__file__).parent / "assets"
@@ -207,6 +207,19 @@ def load(model: str | Path, compute: Compute, *, skip: bool = False) -> Any:
     if skip:
         online.set_skip(loaded, True)
     return loaded.to(device).eval()
+
+
+def memory_bytes(streamed: Streamed) -> int:
+    """Of all parameters and buffers as they are when loaded."""
+    model = streamed.model
+    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+
+
+def fits(streamed: Streamed) -> bool:
+    """Whether the whole model has room on its device now."""
+    device = streamed.device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes()
+    return 1.2 * memory_bytes(streamed) <= free
 
 
 def _load_decoded(model: str | Path, compute: Compute, skip: bool) -> Any:

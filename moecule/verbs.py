@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from moecule.data import (
 )
 from moecule.errors import CheckpointError, DataError, OutputError, PlanError, RecipeError
 from moecule.files import write_text
-from moecule.folder import PROBE_TOKENS, remains, verify, write_config
+from moecule.folder import remains, write_config
 from moecule.hf import Streamed
 from moecule.inventory import take_inventory
 from moecule.journal import HIDDEN, Journal, Trail, journal_of, partial_of
@@ -47,6 +47,7 @@ from moecule.session import (
     trail_of,
 )
 from moecule.stats import COUNT, load_stats, save_layer, save_meta, stats_digest
+from moecule.verify import PROBE_TOKENS, keep_probe, verify
 from moecule.writer import Writer, check_out, move_into
 
 AUTO = Compute()
@@ -296,11 +297,14 @@ def apply(
         if not journal.has("written"):
             writer, mine = Writer(made), ranks.mine(batches(windows, sampling.batch))
             trail = _trail(streamed, windows, compute, 3, journal)
-            done = apply_plan(streamed, chosen, encode, mine, writer, tick, trail)
+            # without a journal all layers are done anew, and so is what was kept of them
+            probe = journal.folder / "probe"
+            keep = partial(keep_probe, probe=probe)
+            done = apply_plan(streamed, chosen, encode, mine, writer, tick, trail, keep)
             if ranks.is_first:
                 writer.close()
                 write_config(made, streamed.checkpoint, streamed.family, chosen, done)
-                _verify(streamed, done, windows, made)
+                _verify(streamed, done, windows, made, probe)
             journal.add({"done": "written"})
         if ranks.is_first:
             (out / "result.json").unlink(missing_ok=True)  # of what lay there before
@@ -309,17 +313,19 @@ def apply(
     return out
 
 
-def _verify(streamed: Streamed, done: Applied, windows: Int[Tensor, "N S"], folder: Path) -> None:
-    """Compare what `folder` computes, opened afresh, with the logits of the walk."""
-    n = min(PROBE_TOKENS, windows.shape[1])
+def _verify(
+    streamed: Streamed, done: Applied, windows: Int[Tensor, "N S"], folder: Path, probe: Path
+) -> None:
+    """Compare what `folder` computes, opened afresh, with the walk."""
+    tokens = windows[:1, :PROBE_TOKENS]
     assert done.last is not None  # the walk has come to its end
-    with torch.no_grad(), tempfile.TemporaryDirectory() as scratch:
-        logits = streamed.logits(done.last[0][:1, :n], windows[:1, :n])
-        if not torch.isfinite(logits).all():
-            raise CheckpointError(
-                f"{streamed.checkpoint.path}, compressed, gives NaN or Inf on this text; it is "
-                "damaged, or needs a wider dtype (--dtype float32) or more bits"
-            )
-        verify(
-            folder, windows[:1, :n], logits, streamed.model.dtype, streamed.device, Path(scratch)
+    with torch.no_grad():
+        logits = streamed.logits(done.last[0][:1, : tokens.shape[1]], tokens)
+    if not torch.isfinite(logits).all():
+        raise CheckpointError(
+            f"{streamed.checkpoint.path}, compressed, gives NaN or Inf on this text; it is "
+            "damaged, or needs a wider dtype (--dtype float32) or more bits"
         )
+    if streamed.device.type == "cuda":
+        torch.cuda.empty_cache()  # the other process needs room on the same device
+    verify(folder, tokens, logits, probe, streamed.model.dtype, streamed.device)
