@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import every
 import pytest
 import tiny
 import torch
@@ -233,3 +234,9 @@ def test_experts_are_rounded_in_the_chunks_that_are_priced(opened):
 def test_inspect_as_a_function_measures_where_it_is_asked(checkpoint):
     model = checkpoint("mixtral", tokenizer=True)
     assert inspect(model, time=False).pace is None
+
+
+def test_a_router_that_names_its_top_k_otherwise_is_foreseen_too(tmp_path):
+    every.make("gemma4").save_pretrained(tmp_path)
+    found = inspect(tmp_path, time=False, compute=Compute("cpu"))
+    assert found.needs is not None and found.needs.host_bytes > RUNTIME_BYTES
