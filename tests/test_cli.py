@@ -31,6 +31,7 @@ OPTIONS = {
     "compress": "bits context data device dtype fit json length out recipe samples set size states "
     "text trust-remote-code",
     "evaluate": "against device dtype json length skip states text trust-remote-code",
+    "families": "json",
     "generate": "device dtype seed skip temperature tokens trust-remote-code",
     "families": "json",
     "inspect": "bits context device dtype fit json length recipe samples set size states time",

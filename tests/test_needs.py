@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import every
 import pytest
 import tiny
 import torch
 from test_cli import refused, run
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from moecule.budget import Cache, Inventory, bytes_by_part, parse_size
 from moecule.cache import caches_of
@@ -24,23 +24,7 @@ from moecule.session import Compute
 from moecule.stats import COUNT
 
 WINDOW = 8
-HYBRID = {
-    "qwen3_next": {
-        "num_experts": 8, "shared_expert_intermediate_size": 24, "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-        "linear_conv_kernel_dim": 2,
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-    },
-    "jamba": {
-        "num_experts": 4, "mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False,
-        "attn_layer_period": 2, "attn_layer_offset": 1,
-    },
-}  # fmt: skip
-
-
-def hybrid(name: str):
-    config = AutoConfig.for_model(name, **tiny.BASE, **HYBRID[name])
-    return AutoModelForCausalLM.from_config(config).eval().float()
+HYBRID = ("jamba", "nemotron_h", "qwen3_next")
 
 
 def held(model, tokens: int) -> int:
@@ -62,20 +46,21 @@ def priced(model, tokens: int) -> int:
     return empty.cache_bytes(tokens)
 
 
-@pytest.mark.parametrize("name", tiny.FAMILIES)
+@pytest.mark.parametrize("name", [*tiny.FAMILIES, "mimo_v2_flash"])
 def test_a_cache_is_priced_as_the_model_fills_it(name):
-    model = tiny.make(name)
+    model = every.make(name)
     for tokens in (1, 7, 20):
         # a full window holds one token less than it sees, until the next one comes
         spare = sum(c.token_bytes for c in caches_of(model) if c.window and tokens >= c.window)
         assert priced(model, tokens) - spare == held(model, tokens)
     windows = [c.window for c in caches_of(model)]
-    assert windows == ([None, WINDOW] if name == "gpt_oss" else [None])
+    sliding = name in ("gpt_oss", "mimo_v2_flash")
+    assert windows == ([None, WINDOW] if sliding else [None])
 
 
 @pytest.mark.parametrize("name", HYBRID)
 def test_recurrent_layers_keep_a_state_and_no_tokens(name):
-    model = hybrid(name)
+    model = every.make(name)
     (cache,) = caches_of(model)
     assert cache.state_bytes > 0 and cache.window is None
     assert cache.token_bytes < 2 * 2 * 3 * 2 * 8  # not all layers keep keys and values
@@ -83,7 +68,7 @@ def test_recurrent_layers_keep_a_state_and_no_tokens(name):
 
 
 def test_a_model_that_does_not_pass_on_meta_keeps_all_that_it_can(monkeypatch):
-    model = tiny.make("gpt_oss")
+    model = every.make("gpt_oss")
 
     def fail(*args, **kwargs):
         raise RuntimeError("Tensor.item() cannot be called on meta tensors")
@@ -233,3 +218,9 @@ def test_experts_are_rounded_in_the_chunks_that_are_priced(opened):
 def test_inspect_as_a_function_measures_where_it_is_asked(checkpoint):
     model = checkpoint("mixtral", tokenizer=True)
     assert inspect(model, time=False).pace is None
+
+
+def test_a_router_that_names_its_top_k_otherwise_is_foreseen_too(tmp_path):
+    every.make("gemma4").save_pretrained(tmp_path)
+    found = inspect(tmp_path, time=False, compute=Compute("cpu"))
+    assert found.needs is not None and found.needs.host_bytes > RUNTIME_BYTES
