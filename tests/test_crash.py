@@ -18,7 +18,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from moecule.hf import Streamed
 from moecule.journal import FILE, HIDDEN, Trail, journal_of, only_one, partial_of
 from moecule.plan import Keep
 from moecule.recipe import Recipe, load_recipe
+from moecule.result import Result
 from moecule.session import Compute
 from moecule.walk import walk
 
@@ -91,29 +92,31 @@ def compress_here(here: Path) -> None:
     compress.compress(here / "model", here / "out", recipe=FORWARD, data=text, text=[text])
 
 
-@dataclass(frozen=True)
-class Measured:
-    """In the place of what evaluate says, which takes seconds."""
-
-    plan_digest: str
-    seconds: dict[str, float] = field(default_factory=dict)
-    peak_memory_bytes: dict[str, int] = field(default_factory=dict)
-
-    def dumps(self) -> str:
-        return self.plan_digest
+@pytest.fixture(scope="module")
+def results(place) -> tuple[Result, Result]:
+    """What evaluate says of a model."""
+    evaluate = import_module("moecule.evaluate")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "speed", lambda *args: (1.0, 1.0))  # takes seconds
+        patch.setattr(verbs, "verify", lambda *args: 0.0)
+        apply(place)
+        text = [place / "text.txt"]
+        before, after = evaluate.evaluate(place / "out", against=place / "model", text=text)
+    shutil.rmtree(place / "out")
+    return before, after
 
 
 @pytest.fixture
-def measured(monkeypatch) -> None:
-    """compress does not measure."""
+def measured(monkeypatch, results) -> None:
+    """compress does not measure, nor say how long it took."""
 
-    def found(out: Path, **how: object) -> tuple[Measured, Measured]:
-        after = Measured(moecule.read_plan(out / "plan.yaml").code_digest)
-        return after, after
+    def found(out: Path, **how: object) -> tuple[Result, Result]:
+        digest = moecule.read_plan(out / "plan.yaml").code_digest
+        return results[0], replace(results[1], plan_digest=digest, seconds={})
 
     monkeypatch.setattr(compress, "evaluate", found)
-    monkeypatch.setattr(compress, "Compressed", lambda *args: args)
-    monkeypatch.setattr(compress, "load_result", lambda file: Measured(file.read_text()))
+    monkeypatch.setattr(compress, "_since", lambda start: 0.0)
+    monkeypatch.setattr(compress, "peak_memory", dict)
 
 
 VERBS: dict[str, Verb] = {
@@ -194,13 +197,13 @@ def steps_done(out: Path) -> int:
 def die_everywhere(
     here: Path, monkeypatch: pytest.MonkeyPatch, verb: str, at: str, every: int = 1
 ) -> None:
-    """Die before every change that matches `at`, each `every`th; then run again and compare."""
+    """Die before each `every`th change that matches `at`; then run again and compare."""
     work, clean, out = VERBS[verb], content(here), here / "out"
     status, changes = child(work, here, 0)
     assert status == 0
     wanted, loads = content(here), Loads(monkeypatch)
     points = [n for n, c in enumerate(changes, 1) if re.search(at, c)][::every]
-    assert len(points) >= 5
+    assert len(points) >= 4
     for n in points:
         shutil.rmtree(out)
         assert content(here) == clean
@@ -216,14 +219,14 @@ def die_everywhere(
         assert verb == "compress" or loads.n == (0 if whole else STEPS[verb] - kept)
 
 
-@pytest.mark.parametrize(("verb", "every"), [("calibrate", 2), ("down", 5), ("apply", 4)])
+@pytest.mark.parametrize(("verb", "every"), [("calibrate", 3), ("down", 8), ("apply", 6)])
 def test_killed_at_a_change_on_disk_it_goes_on_to_the_same_bytes(here, monkeypatch, verb, every):
     die_everywhere(here, monkeypatch, verb, "^(?!.*batch_)", every)
 
 
 def test_killed_between_its_verbs_compress_goes_on_to_the_same_bytes(here, monkeypatch, measured):
     between = r"(made/|plan.yaml|result.json|meta.json|model-.*)(.partial)?$"
-    die_everywhere(here, monkeypatch, "compress", between, 3)
+    die_everywhere(here, monkeypatch, "compress", between, 5)
 
 
 @pytest.mark.slow
