@@ -100,7 +100,7 @@ def work_of(streamed: Streamed, inventory: Inventory, recipe: Recipe) -> Work:
         hidden=config.hidden_size,
         vocabulary=config.vocab_size,
         item=streamed.model.dtype.itemsize,
-        top_k=max(m.router.top_k for m in moes),
+        top_k=max(m.top_k for m in moes),
         widest=max(inventory.experts.values(), key=lambda e: e.n * e.weights),
         layer_weights=max(weights),
         all_layer_weights=sum(weights),

@@ -3,9 +3,10 @@
 python experiments/crash/kill.py -o kills.json --kills 30 --samples 32 --length 256
 
 One run is left alone: it notes when each line of a journal appears, and is what the others are
-compared with. Every other run is killed, with all that it started, at a moment drawn evenly from
-the length of the first; then the same command is run to its end. Times are seconds of CPU, of all
-processes of a run, so that what else the machine does counts little; seconds of the clock beside.
+compared with. Every other run is killed, with all that it started, when it has used as many seconds
+of CPU as a lot drawn evenly from those of the first says; then the same command is run to its end.
+All times are seconds of CPU of all processes of a run, so that what else the machine does counts
+little; seconds of the clock stand beside.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import torch
 
 import moecule
 
-POLL_S = 0.005
+POLL_S = 0.01
 MEASURED = ("prefill_tokens_per_s", "decode_tokens_per_s", "peak_memory_bytes", "seconds")
 
 
@@ -47,7 +48,7 @@ class Step:
 class Kill:
     """One killed run, and the one after it."""
 
-    at_s: float  # by the clock
+    at_s: float  # of CPU
     during: str  # the step that was under way
     left_s: float  # of CPU, of the run that was left alone, from what this one had used
     took_s: float  # of CPU, by the second run
@@ -110,10 +111,12 @@ class Watched:
         return found
 
     def wait(self, until_s: float | None = None) -> int | None:
-        """Its exit status; None where `until_s` came first."""
+        """Its exit status; None where it had used `until_s` of CPU first."""
+        polls = 0
         while not self._ended():
             self.look()
-            if until_s is not None and self.seconds() >= until_s:
+            polls += 1
+            if until_s is not None and polls % 8 == 0 and self.cpu_s() >= until_s:
                 return None
             time.sleep(POLL_S)
         self.look()
@@ -168,7 +171,7 @@ def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     total, wanted = whole.seconds(), content(whole.out)
     limits = _limits(whole.steps, whole.cpu_s())
     lot = random.Random(args.seed)
-    moments = [lot.uniform(0, total) for _ in range(args.kills)]
+    moments = [lot.uniform(0, whole.cpu_s()) for _ in range(args.kills)]
 
     def one(n: int) -> Kill:
         kill = killed(work / f"kill_{n}", extra, moments[n], whole, wanted)
