@@ -69,11 +69,18 @@ class Inventory:
 
     @staticmethod
     def from_dict(doc: Mapping[str, Any]) -> Inventory:
-        """The inverse of `as_dict`, after JSON made keys of numbers and lists of tuples."""
+        """The inverse of `as_dict`, after JSON made keys of numbers and lists of tuples.
+
+        Raises KeyError, TypeError, AttributeError or ValueError where it is none.
+        """
         experts = {int(i): LayerExperts(**_tuples(e)) for i, e in doc["experts"].items()}
         weights = {n: Weight(**_tuples(w)) for n, w in doc["weights"].items()}
-        caches = tuple(Cache(**c) for c in doc["caches"])
-        return Inventory(**{**doc, "experts": experts, "weights": weights, "caches": caches})
+        rest = {k: v for k, v in doc.items() if k not in ("experts", "weights", "caches")}
+        caches = tuple(Cache(**_tuples(c)) for c in doc["caches"])
+        routers = {w.layer for w in weights.values() if w.part == "router" and w.shape[0] > 1}
+        if not experts or not routers <= set(experts) or any(e.n < 1 for e in experts.values()):
+            raise ValueError("layers without experts")
+        return Inventory(experts=experts, weights=weights, caches=caches, **_tuples(rest))
 
     def cache_bytes(self, tokens: int) -> int:
         """Of the KV cache of `tokens` tokens, at 16 bits, and of recurrent states."""
@@ -98,6 +105,14 @@ class Inventory:
 
 
 def _tuples(doc: Mapping[str, Any]) -> dict[str, Any]:
+    """Of whole numbers, pairs of them above 0, and parts of a layer; anything else is refused."""
+    for key, value in doc.items():
+        numbers = value if isinstance(value, list) else [value]
+        least, size = (1, 2) if isinstance(value, list) else (0, 1)
+        fits = len(numbers) == size and all(type(n) is int and least <= n < 2**63 for n in numbers)
+        none = key == "window" and value is None
+        if not fits and not none and not (key == "part" and value in REST):
+            raise ValueError(f"{key} is {value!r}")
     return {k: tuple(v) if isinstance(v, list) else v for k, v in doc.items()}
 
 

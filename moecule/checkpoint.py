@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -28,8 +29,10 @@ from moecule.decode import (
     scheme_of,
 )
 from moecule.errors import CheckpointError
+from moecule.files import parse_json
 
 INDEX = "model.safetensors.index.json"
+MOST_HEADER = 10**8  # bytes; safetensors has no larger ones
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,12 @@ class Checkpoint:
                             f"({DECODED} are); use the model's bf16 checkpoint"
                         )
                     stored[name] = TensorInfo(file, DTYPES[info["dtype"]], tuple(info["shape"]))
+                    start, end = info["data_offsets"]
+                    if math.prod(info["shape"]) * stored[name].dtype.itemsize != end - start:
+                        raise CheckpointError(
+                            f"{path / file}: {name} is {stored[name]} and has {end - start} bytes; "
+                            "fetch it again"
+                        )
         if scheme is not None:
             config.pop(QUANTISED)
         tensors = decoded_view(stored, scheme, str(path))
@@ -139,8 +148,8 @@ def _config(path: Path) -> dict[str, Any]:
             f"{path} is no checkpoint: it has no config.json; give a model folder"
         )
     try:
-        config = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        config = parse_json(file.read_text())
+    except (OSError, ValueError) as e:
         raise CheckpointError(f"{file} is not JSON ({e}); fetch it again") from e
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise CheckpointError(
@@ -160,10 +169,16 @@ def _shards(path: Path) -> list[str]:
     index = path / INDEX
     if index.is_file():
         try:
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            missing = [f for f in files if not (path / f).is_file()]
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            files = sorted(set(parse_json(index.read_text())["weight_map"].values()))
+            outside = [f for f in files if not _is_inside(f)]
+            missing = [f for f in files if not (path / f).is_file()] if not outside else []
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise CheckpointError(f"{index} is damaged ({e!r}); fetch it again") from e
+        if outside or not files:
+            named = repr(outside[0]) if outside else "no file"
+            raise CheckpointError(
+                f"{index} names {named}, wanted files in its folder; fetch it again"
+            )
         if missing:
             raise CheckpointError(
                 f"{index} names {', '.join(missing)}, not in {path}; fetch what is missing"
@@ -181,27 +196,47 @@ def _shards(path: Path) -> list[str]:
     raise CheckpointError(f"{path} has a config.json and no *.safetensors; fetch the weights")
 
 
+def _is_inside(name: str) -> bool:
+    """Whether it names a shard that lies in the folder."""
+    parts = PurePosixPath(name).parts
+    return ".." not in parts and not name.startswith("/")
+
+
 def _header(file: Path) -> tuple[dict[str, Any], bytes]:
     """The header of a safetensors file, and some bytes out of its middle."""
-    size = file.stat().st_size
-    with file.open("rb") as f:
-        length = struct.unpack("<Q", f.read(8).ljust(8, b"\0"))[0]
-        if size < 8 or length > size - 8:
-            raise CheckpointError(f"{file} is cut short or no safetensors file; fetch it again")
-        try:
-            header = json.loads(f.read(length))
-            entries = [t for n, t in header.items() if n != "__metadata__"]
-        except (ValueError, AttributeError) as e:
-            raise CheckpointError(f"{file}: its header is damaged; fetch it again") from e
-        if not all(map(_is_entry, entries)):
-            raise CheckpointError(f"{file}: its header is damaged; fetch it again")
-        end = max((t["data_offsets"][1] for t in entries), default=0)
-        if size != 8 + length + end:
+    try:
+        with file.open("rb") as f:
+            size, length = file.stat().st_size, struct.unpack("<Q", f.read(8).ljust(8, b"\0"))[0]
+            if size < 8 or length > size - 8:
+                raise CheckpointError(f"{file} is cut short or no safetensors file; fetch it again")
+            header, end = _parsed(f.read(min(length, MOST_HEADER)), file)
+            if size != 8 + length + end:
+                raise CheckpointError(
+                    f"{file} has {size} bytes and its header wants {8 + length + end}; fetch it again"
+                )
+            f.seek(8 + length + max(0, end // 2 - 2**15))
+            return header, f.read(2**16)
+    except OSError as e:
+        raise CheckpointError(f"{file} cannot be read: {e}; fetch it again") from e
+
+
+def _parsed(raw: bytes, file: Path) -> tuple[dict[str, Any], int]:
+    """(the header, where the last tensor ends). Raises CheckpointError for gaps and overlaps too."""
+    try:
+        header = parse_json(raw)
+        entries = [t for n, t in header.items() if n != "__metadata__"]
+    except (ValueError, AttributeError) as e:
+        raise CheckpointError(f"{file}: its header is damaged; fetch it again") from e
+    if not all(map(_is_entry, entries)):
+        raise CheckpointError(f"{file}: its header is damaged; fetch it again")
+    end = 0
+    for start, stop in sorted(t["data_offsets"] for t in entries):
+        if not start == end <= stop:
             raise CheckpointError(
-                f"{file} has {size} bytes and its header wants {8 + length + end}; fetch it again"
+                f"{file}: its tensors do not lie one after another; fetch it again"
             )
-        f.seek(8 + length + max(0, end // 2 - 2**15))
-        return header, f.read(2**16)
+        end = stop
+    return header, end
 
 
 def _is_entry(entry: Any) -> bool:
@@ -211,4 +246,4 @@ def _is_entry(entry: Any) -> bool:
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
     if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
         return False
-    return all(isinstance(n, int) and n >= 0 for n in shape + offsets)
+    return all(type(n) is int and 0 <= n < 2**63 for n in shape + offsets)

@@ -14,6 +14,7 @@ import typer
 from rich.table import Table
 
 from moecule.errors import MoeculeError, RecipeError
+from moecule.interrupt import Verbs
 from moecule.show import (
     bar,
     complain,
@@ -26,6 +27,7 @@ from moecule.show import (
 )
 
 app = typer.Typer(
+    cls=Verbs,
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -361,7 +363,7 @@ def main() -> None:
             _leave()
     except MoeculeError as e:
         complain("moecule", e, "red")
-        sys.exit(2)
+        sys.exit(e.code)
     except OSError as e:
         complain("moecule", f"{e.filename}: {e.strerror}" if e.filename else e, "red")
         sys.exit(2)

@@ -15,6 +15,7 @@ from moecule.evaluate import evaluate, evaluation_windows
 from moecule.files import write_text
 from moecule.folder import remains
 from moecule.inventory import take_inventory
+from moecule.journal import only_one, placed, sweep
 from moecule.recipe import Ask, Recipe, load_recipe
 from moecule.result import Result, load_result
 from moecule.session import Compute, Progress, open_checkpoint, silent, stream
@@ -49,9 +50,25 @@ def compress(
     """
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     out = Path(out)
+    _check(model, out, chosen, ask, text, compute)
+    with only_one(out, compute.ranks, "compress.lock"):
+        return _compress(model, out, chosen, ask, data, text, compute, progress)
+
+
+def _compress(
+    model: str | Path,
+    out: Path,
+    chosen: Recipe,
+    ask: Ask,
+    data: str | Path | None,
+    text: Sequence[str | Path],
+    compute: Compute,
+    progress: Progress,
+) -> Compressed:
     ranks = compute.ranks
-    done = ranks.share((out / "config.json").is_file() and (out / "plan.yaml").is_file(), 0)
-    _check(model, out, chosen, ask, text, compute, done=done)
+    done = ranks.share(_is_done(out), 0)
+    if done:
+        sweep(out, ranks, whole=True)
     seconds: dict[str, float] = {}
     start = time.perf_counter()
     calibrate(model, out / "stats", recipe=chosen, data=data, compute=compute, progress=progress)
@@ -89,17 +106,20 @@ def _check(
     ask: Ask,
     text: Sequence[str | Path],
     compute: Compute,
-    *,
-    done: bool,
 ) -> None:
     """Raise what can be known to be wrong before any work."""
     path = open_checkpoint(model).path
-    if not done and compute.ranks.is_first:
-        check_out(out, remains(out, path))
+    if compute.ranks.is_first and not _is_done(out):
+        check_out(out, remains(out, path) | placed(out))
     streamed = stream(model, compute, empty=True)
     ask.check(recipe, take_inventory(streamed))
     if text:
         evaluation_windows(streamed.model.config, path, text, 0, None, recipe.data)
+
+
+def _is_done(out: Path) -> bool:
+    """Whether the checkpoint is in place."""
+    return (out / "config.json").is_file() and (out / "plan.yaml").is_file()
 
 
 def _planned(out: Path, recipe: Recipe, ask: Ask) -> None:

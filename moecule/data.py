@@ -107,6 +107,10 @@ def window_length(config: Any, length: int = 0) -> int:
     Raises DataError for more than the model knows.
     """
     known = int(getattr(config.get_text_config(), "max_position_embeddings", 2048))
+    if known < 2:
+        raise DataError(
+            f"the model's config.json says that it knows {known} tokens; fetch it again"
+        )
     if length > known or length == 1 or length < 0:
         raise DataError(
             f"windows of {length} tokens were asked for, and the model knows 2 to {known}"

@@ -11,6 +11,7 @@ scale is taken as it is. An mxfp4 X is the transpose of its rows, as gpt_oss hol
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +71,12 @@ class TensorInfo:
     @property
     def decoded_bytes(self) -> int:
         """Bytes once read."""
-        return self.dtype.itemsize * int(torch.Size(self.shape).numel())
+        return self.dtype.itemsize * self.numel
+
+    @property
+    def numel(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,22 @@
         DataError           calibration or evaluation text
         OutputError         where the result should go
         VerifyError         what was written does not compute what it should
+        InterruptError      Ctrl-C
 
-The command line prints the line and exits with 2. Anything else that is raised is a bug.
+The command line prints the line and exits with 2, after Ctrl-C with 130. Anything else that is
+raised is a bug.
 """
 
 from __future__ import annotations
 
 
 class MoeculeError(ValueError):
-    """A mistake that the user can mend; the message is one line."""
+    """A mistake that the user can mend; the message is one line, whatever is quoted in it."""
+
+    code = 2  # of the process
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))
 
 
 class CheckpointError(MoeculeError):
@@ -41,3 +48,9 @@ class OutputError(MoeculeError):
 
 class VerifyError(MoeculeError):
     """A written checkpoint, opened afresh, computes something else."""
+
+
+class InterruptError(MoeculeError):
+    """The user has stopped the command."""
+
+    code = 130

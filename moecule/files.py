@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from moecule.errors import OutputError
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """Around what writes `file`. Raises OutputError where the disk or the system refuses."""
+    try:
+        yield
+    except OSError as e:
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        mend = "make room" if full else "see that it can be written"
+        raise OutputError(
+            f"{file} cannot be written: {e.strerror or e}; {mend} and run it again"
+        ) from e
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says. Raises ValueError for what is none, however deep it is nested."""
+    try:
+        return json.loads(text)
+    except RecursionError as e:
+        raise ValueError("nested too deep") from e
 
 
 def save_whole(tensors: Mapping[str, Tensor], file: Path, *, sync: bool = True) -> None:

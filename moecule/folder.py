@@ -12,6 +12,7 @@ from moecule import runtime
 from moecule.apply import Applied, is_stock
 from moecule.checkpoint import INDEX, Checkpoint
 from moecule.family import Family, text_part
+from moecule.files import write_text, writing
 from moecule.hf import auto_name
 from moecule.plan import Keep, Plan
 
@@ -35,13 +36,17 @@ def side_files(source: Path) -> list[Path]:
     ]
 
 
+# what a killed compress leaves in its folder and takes away when it goes on
+_KILLED = ("stats.partial", "stats.lock", "plan.yaml.partial", "result.json.partial")
+
+
 def remains(out: Path, source: Path) -> set[str]:
     """What may lie in `out` before a checkpoint is put there: what this package makes besides it.
 
     A plan marks the folder as ours; then all that a checkpoint has but config and weights may stay
     and is written anew.
     """
-    ours = {"stats", "plan.yaml"}
+    ours = {"stats", "plan.yaml", *(f".{n}" for n in _KILLED)}
     if not (out / "plan.yaml").is_file():
         return ours
     ours |= {"result.json", "README.md", f"{REQUIRED}.py"}
@@ -51,7 +56,10 @@ def remains(out: Path, source: Path) -> set[str]:
 def write_config(
     folder: Path, source: Checkpoint, family: Family, plan: Plan, done: Applied
 ) -> None:
-    """config.json and all that is neither weights nor stats, into `folder`."""
+    """config.json and all that is neither weights nor stats, into `folder`.
+
+    Raises OutputError where a file cannot be written.
+    """
     config: dict[str, Any] = copy.deepcopy(dict(source.config))
     if is_stock(plan):
         config.pop("auto_map", None)  # names code that is not copied, and not needed
@@ -61,12 +69,13 @@ def write_config(
             text[key] = [kept] * len(text[key]) if isinstance(text[key], list) else kept
     else:
         config |= _packed_config(source, plan, done)
-        (folder / f"{REQUIRED}.py").write_text(REQUIRED_CODE)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_text(folder / f"{REQUIRED}.py", REQUIRED_CODE)
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     for file in side_files(source.path):
-        shutil.copyfile(file, folder / file.name)
-    (folder / "plan.yaml").write_text(plan.dumps())
-    (folder / "README.md").write_text(_card(source, plan, done))
+        with writing(folder / file.name):
+            shutil.copyfile(file, folder / file.name)
+    write_text(folder / "plan.yaml", plan.dumps())
+    write_text(folder / "README.md", _card(source, plan, done))
 
 
 def _packed_config(source: Checkpoint, plan: Plan, done: Applied) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def nearest(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Float[Tensor, 
 
 def spread(t: Float[Tensor, "*E M G"], group: int, columns: int) -> Float[Tensor, "*E M N"]:
     """A scale or zero for every column."""
-    return t.repeat_interleave(group, -1)[..., :columns]
+    return t.repeat_interleave(min(group, columns), -1)[..., :columns]
 
 
 def round_to_nearest(

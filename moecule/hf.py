@@ -35,7 +35,7 @@ from moecule.checkpoint import Checkpoint
 from moecule.decode import QUANTISED
 from moecule.errors import CheckpointError
 from moecule.family import Family, load_family
-from moecule.moe import Moe, experts_in, find_layers, find_moe
+from moecule.moe import Moe, experts_in, find_layers, find_moe, try_router
 from moecule.names import names_in_memory
 from moecule.ranks import SOLO, Ranks
 from moecule.record import Batch, logits
@@ -185,6 +185,13 @@ def open_model(
     return streamed
 
 
+# what transformers raises where a config makes no sense
+WRONG = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, NameError, OSError,
+    RuntimeError, StrictDataclassError, TypeError, ValueError,
+)  # fmt: skip
+
+
 def skeleton(
     checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool = False
 ) -> tuple[Any, Family]:
@@ -197,23 +204,28 @@ def skeleton(
     family = load_family(config["moecule"]["model_type"] if packed else config["model_type"])
     try:
         settings = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
+        _check_layers(settings, checkpoint)
         if QUANTISED not in checkpoint.config:  # decoded as it is read: a plain model
             vars(settings).pop(QUANTISED, None)
         with torch.device("meta"), quiet():
             model = auto_class(type(settings)).from_config(settings, dtype=dtype)
-    except (ValueError, TypeError, KeyError, RuntimeError, StrictDataclassError) as e:
-        raise CheckpointError(
-            f"{checkpoint.path / 'config.json'} is not a config of {family.model_type}: "
-            f"{' '.join(str(e).split())}; fetch it again"
-        ) from e
+    except CheckpointError:
+        raise
+    except WRONG as e:
+        raise _no_config(checkpoint, family, e) from e
     model.eval().requires_grad_(False)
     choose_experts(model)
     moes = [m for layer in find_layers(model)[1] if (m := find_moe(layer, family))]
-    if any(m.top_k > m.experts.num_experts for m in moes):
+    if any(m.top_k not in range(1, m.experts.num_experts + 1) for m in moes):
         raise CheckpointError(
             f"{checkpoint.path / 'config.json'} has {moes[0].experts.num_experts} experts and picks "
             f"{moes[0].top_k} a token; fetch it again"
         )
+    width = model.config.get_text_config().hidden_size
+    try:
+        try_router(moes[0], torch.empty(1, 1, width, dtype=dtype, device="meta"))
+    except (IndexError, NameError, RuntimeError) as e:
+        raise _no_config(checkpoint, family, e) from e
     return model, family
 
 
@@ -227,6 +239,23 @@ def auto_name(model_type: str) -> str:
     """Of the Auto class that makes the whole model of a type."""
     name: str = auto_class(CONFIG_MAPPING[model_type]).__name__
     return name
+
+
+def _no_config(checkpoint: Checkpoint, family: Family, e: Exception) -> CheckpointError:
+    said = " ".join(str(e).split())
+    return CheckpointError(
+        f"{checkpoint.path / 'config.json'} is not a config of {family.model_type}: {said}; fetch it again"
+    )
+
+
+def _check_layers(settings: Any, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for so many layers that making them all would take all memory."""
+    n, most = getattr(settings.get_text_config(), "num_hidden_layers", 0), len(checkpoint.tensors)
+    if isinstance(n, int) and n > most:
+        raise CheckpointError(
+            f"{checkpoint.path / 'config.json'} has {n} layers, and the files hold {most} tensors; "
+            "fetch it again"
+        )
 
 
 def choose_experts(model: Any) -> None:

@@ -4,18 +4,20 @@
     .OUT.partial/hidden/          hidden states to go on from
     .OUT.partial/...              what becomes the output, file by file
 
-A line is written when all that it speaks of is on disk. The last line may be cut short by a kill;
-it then counts as not written.
+A line is written when all that it speaks of is on disk, and carries a sum of itself and those
+before it. The last line may be cut short by a kill; it then counts as not written. The journal goes
+first when the output is in place: what lies in a folder without one is to be removed.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,14 @@ from typing import Any
 import torch
 
 from moecule.errors import OutputError
-from moecule.files import missing_folders, remove_empty
+from moecule.files import missing_folders, parse_json, remove_empty, writing
 from moecule.ranks import SOLO, Ranks
 from moecule.states import Place, States
 
 FILE = "journal.jsonl"
 HIDDEN = "hidden"
+WRITTEN = "written"  # all of the output is there, to be put in place
+Entry = dict[str, Any]
 
 
 @dataclass
@@ -37,22 +41,35 @@ class Journal:
 
     folder: Path
     ranks: Ranks = SOLO
-    entries: list[dict[str, Any]] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
+    seal: str = ""  # the last line's sum
 
     def add(self, entry: Mapping[str, Any]) -> None:
-        """Note a step; what it speaks of must be on disk."""
+        """Note a step; what it speaks of must be on disk. Raises OutputError where it cannot be."""
         self.ranks.wait()  # what others write too
         if self.ranks.is_first:
-            _append(self.folder / FILE, entry)
+            self.seal = _append(self.folder / FILE, entry, self.seal)
         self.entries.append(dict(entry))
 
-    def done(self, key: str) -> dict[int, dict[str, Any]]:
+    def written(self, files: Iterable[str]) -> None:
+        """Note that these files are all there is to put in place."""
+        self.add({"done": WRITTEN, "files": sorted(files)})
+
+    @property
+    def is_written(self) -> bool:
+        """Whether all of the output is there."""
+        return any(e.get("done") == WRITTEN for e in self.entries)
+
+    def remove(self) -> None:
+        """The output is in place; there is nothing to go on from."""
+        if self.ranks.is_first:
+            with writing(self.folder):
+                (self.folder / FILE).unlink()
+                shutil.rmtree(self.folder)
+
+    def done(self, key: str) -> dict[int, Entry]:
         """Steps of a kind by their number: {layer: entry}."""
         return {e[key]: e for e in self.entries if key in e}
-
-    def has(self, word: str) -> bool:
-        """Whether a step without a number is done."""
-        return any(e.get("done") == word for e in self.entries)
 
 
 @dataclass(frozen=True)
@@ -97,17 +114,21 @@ def journal_of(out: Path, request: Mapping[str, Any], ranks: Ranks = SOLO) -> It
     """What an earlier run of the same request left beside `out`, or a new start.
 
     It stays when the work fails, so that it can go on. Who has put the output in place removes it.
+    That of another request is thrown away.
     Raises OutputError where another process writes to `out`, or the journal is damaged.
     """
     partial = partial_of(out)
-    with _only_one(out, ranks):
+    with only_one(out, ranks):
         wanted = json.loads(json.dumps({"request": dict(request)}))
-        found = _read(partial / FILE) if ranks.is_first else []
+        found, seal, whole = _read(partial / FILE) if ranks.is_first else ([], "", 0)
         same = found[:1] == [wanted]
-        if ranks.is_first and not same:
-            _start(partial, wanted)
-        entries = ranks.share(found[1:] if same else [], 0)
-        journal = Journal(partial, ranks, entries)
+        if ranks.is_first:
+            with writing(partial):
+                if same:
+                    os.truncate(partial / FILE, whole)  # a line cut short
+                else:
+                    seal = _start(partial, wanted)
+        journal = Journal(partial, ranks, ranks.share(found[1:] if same else [], 0), seal)
         try:
             yield journal
         finally:
@@ -115,56 +136,92 @@ def journal_of(out: Path, request: Mapping[str, Any], ranks: Ranks = SOLO) -> It
                 shutil.rmtree(partial, ignore_errors=True)
 
 
-def _start(partial: Path, request: Mapping[str, Any]) -> None:
+def placed(out: Path) -> set[str]:
+    """Files that a run killed while it put them in place may have put there.
+
+    Raises OutputError where its journal is damaged.
+    """
+    entries = _read(partial_of(out) / FILE)[0]
+    return {name for e in entries if e.get("done") == WRITTEN for name in e["files"]}
+
+
+def sweep(out: Path, ranks: Ranks = SOLO, *, whole: bool) -> None:
+    """Remove what a run killed at its very end left beside `out`. `whole`: `out` has all it should.
+
+    Raises OutputError where another process writes to `out`.
+    """
+    partial = partial_of(out)
+    if not ranks.is_first or not (partial.exists() or _lock_of(out).exists()):
+        return
+    with only_one(out, ranks):
+        if whole or not (partial / FILE).exists():
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _start(partial: Path, request: Entry) -> str:
     if partial.is_dir():
+        (partial / FILE).unlink(missing_ok=True)
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    _append(partial / FILE, request)
+    return _append(partial / FILE, request, "")
 
 
-def _append(file: Path, entry: Mapping[str, Any]) -> None:
-    with file.open("a") as f:
-        f.write(json.dumps(entry, sort_keys=True) + "\n")
+def _append(file: Path, entry: Mapping[str, Any], seal: str) -> str:
+    """Write a line after the one of the sum `seal`; its own sum."""
+    seal = _sum(entry, seal)
+    with writing(file), file.open("a") as f:
+        f.write(json.dumps({**entry, "sum": seal}) + "\n")
         f.flush()
         os.fsync(f.fileno())
+    return seal
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
-    """The lines; a last one that was cut short is taken off the file."""
-    if not file.is_file():
-        return []
-    raw = file.read_bytes()
-    whole = raw[: raw.rfind(b"\n") + 1]
+def _sum(entry: Mapping[str, Any], seal: str) -> str:
+    text = seal + json.dumps(dict(entry))  # in its own order, which files follow
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _read(file: Path) -> tuple[list[Entry], str, int]:
+    """(the lines, the last one's sum, the bytes they take). What follows was cut short."""
+    entries, seal, whole = list[Entry](), "", 0
     try:
-        entries = [json.loads(line) for line in whole.splitlines()]
-        if not all(map(_is_entry, entries[1:])) or not all(isinstance(e, dict) for e in entries):
-            raise ValueError("a line says nothing that is known")
-    except ValueError as e:
+        raw = file.read_bytes() if file.exists() else b""
+        whole = raw.rfind(b"\n") + 1
+        for line in raw[:whole].split(b"\n")[:-1]:
+            entry = parse_json(line)
+            found = entry.pop("sum", None) if isinstance(entry, dict) else None
+            seal = _sum(entry, seal) if found else ""
+            if not found or found != seal:
+                raise ValueError(f"line {len(entries) + 1} is not as it was written")
+            entries.append(entry)
+    except (OSError, ValueError) as e:
         raise OutputError(f"{file} is damaged ({e}); remove {file.parent} to begin again") from e
-    if whole != raw:
-        file.write_bytes(whole)
-    return entries
+    return entries, seal, whole
 
 
-def _is_entry(entry: Any) -> bool:
-    steps = (entry.get("up"), entry.get("down")) if isinstance(entry, dict) else ()
-    numbers = [n for n in steps if n is not None]
-    return len(numbers) == 1 and type(numbers[0]) is int or bool(numbers == [] and "done" in entry)
+def _lock_of(out: Path, what: str = "lock") -> Path:
+    out = out.resolve()
+    return out.with_name(f".{out.name}.{what}")
 
 
 @contextmanager
-def _only_one(out: Path, ranks: Ranks) -> Iterator[None]:
-    """Hold `.OUT.lock`. The system lets go of it when the process ends, however it does."""
+def only_one(out: Path, ranks: Ranks = SOLO, what: str = "lock") -> Iterator[None]:
+    """Hold `.OUT.lock`. The system lets go of it when the process ends, however it does.
+
+    Raises OutputError where another process holds it.
+    """
     if not ranks.is_first:
         yield
         return
-    file = out.resolve().with_name(f".{out.resolve().name}.lock")
+    file = _lock_of(out, what)
     made = missing_folders(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as f:
+    with ExitStack() as stack:
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            f = stack.enter_context(file.open("w"))
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not file.exists() or file.stat().st_ino != os.fstat(f.fileno()).st_ino:
+            if not _is_at(f.fileno(), file):
                 raise BlockingIOError("its holder has just let go of it")
         except BlockingIOError as e:
             raise OutputError(
@@ -175,3 +232,11 @@ def _only_one(out: Path, ranks: Ranks) -> Iterator[None]:
         finally:
             file.unlink(missing_ok=True)
             remove_empty(made)
+
+
+def _is_at(descriptor: int, file: Path) -> bool:
+    """Whether the open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), file.stat())
+    except FileNotFoundError:
+        return False

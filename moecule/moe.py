@@ -92,6 +92,26 @@ def end_of(module: Any) -> Callable[[Tensor], Tensor] | None:
     return module.post_expert_norm if vars(module).get("has_post_expert_norm") else None
 
 
+class _PickedError(Exception):
+    """The router has picked; the rest of the block need not run."""
+
+
+@torch.no_grad()
+def try_router(moe: Moe, hidden: Float[Tensor, "B S H"]) -> None:
+    """Let the block pick experts, on meta too. Raises what the model raises where it cannot."""
+
+    def stop(*args: Any) -> None:
+        raise _PickedError
+
+    handle = moe.experts.register_forward_pre_hook(stop)
+    try:
+        moe.block(hidden)
+    except (_PickedError, NotImplementedError, TypeError):  # picked; or it cannot be tried so
+        pass
+    finally:
+        handle.remove()
+
+
 def experts_of(module: Any) -> Experts:
     """A module's weights as `Experts`: views, not copies."""
     first = first_matrix(module)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,10 +13,14 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from moecule.checkpoint import Checkpoint
+from moecule.errors import CheckpointError
 
 
 def names_in_memory(model: Any, checkpoint: Checkpoint) -> dict[str, list[str]]:
-    """{name in memory: the names on disk it is made of}; warns of what the model has no place for."""
+    """{name in memory: the names on disk it is made of}; warns of what the model has no place for.
+
+    Raises CheckpointError where a tensor's place is of another size.
+    """
     mapping = get_model_conversion_mapping(model)
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
@@ -31,8 +36,22 @@ def names_in_memory(model: Any, checkpoint: Checkpoint) -> dict[str, list[str]]:
             out.setdefault(n, []).append(name)
         if not made and not _is_buffer(model, new):
             left.append(name)
+    _check_sizes(out, places, checkpoint)
     _warn_of(left, model, checkpoint)
     return out
+
+
+def _check_sizes(
+    disk: Mapping[str, list[str]], places: Mapping[str, Tensor], checkpoint: Checkpoint
+) -> None:
+    several = Counter(d for of in disk.values() for d in of)
+    for name, of in disk.items():
+        held, wanted = sum(checkpoint.tensors[d].numel for d in of), places[name].numel()
+        if held != wanted and all(several[d] == 1 for d in of):
+            raise CheckpointError(
+                f"{checkpoint.path} does not fit its config.json: {name} has {wanted} numbers there and "
+                f"{held} in the files; fetch it again"
+            )
 
 
 def _all_made(name: str, source: str | None, converters: list[Any]) -> list[str]:

@@ -56,7 +56,9 @@ def affine(
     """(codes - zero) * scale, in float32."""
     n = codes.shape[-1]
     spread = [
-        t.float().repeat_interleave(group, -1)[..., :n] for t in (scale, zero) if t is not None
+        t.float().repeat_interleave(min(group, n), -1)[..., :n]
+        for t in (scale, zero)
+        if t is not None
     ]
     half = spread[1] if zero is not None else 0.5
     return (codes.float() - half) * spread[0]

@@ -89,7 +89,9 @@ class Plan:
         """The plan that `dumps` wrote or a person edited. Raises PlanError, naming the place."""
         try:
             doc = yaml.load(text, _OneKeyOnce)
-        except yaml.YAMLError as e:
+        except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as e:
+            if isinstance(e, PlanError):
+                raise  # says more
             raise PlanError(f"plan: not YAML: {' '.join(str(e).split())}") from e
         wanted = {"model", "digest", "made_by", "encode", "rest", "layers"}
         if not isinstance(doc, dict) or not wanted <= set(doc) <= wanted | {"skip"}:
@@ -117,9 +119,20 @@ class Plan:
 
 
 class _OneKeyOnce(yaml.SafeLoader):
-    """YAML that refuses a key given twice; PyYAML lets the last one win without a word."""
+    """YAML that refuses a key given twice; PyYAML lets the last one win without a word.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    Aliases too: a few lines of them can stand for more than memory holds.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            line = int(parent.start_mark.line) + 1 if parent else 1
+            raise PlanError(f"plan: line {line} has an alias (*); write out what it stands for")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        if not isinstance(node, yaml.MappingNode):  # a list that is said to be a table
+            raise PlanError(f"plan: line {node.start_mark.line + 1} has no table; wanted one")
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = sorted({str(k) for k in keys if keys.count(k) > 1})
         if twice:
@@ -150,7 +163,7 @@ def _skip(doc: Any) -> Skip:
 
 
 def _number(key: Any, where: str) -> int:
-    if isinstance(key, int) and key >= 0:
+    if type(key) is int and 0 <= key < 10**6:  # True is an int
         return key
     raise PlanError(f"plan: {where} names {key!r}, wanted a layer's number")
 
@@ -176,7 +189,7 @@ def _fate(verb: str, where: str) -> Fate:
         return Drop()
     if verb == "keep":
         return Keep()
-    match = re.fullmatch(r"keep (\d+)bit g(\d+)", verb)
+    match = re.fullmatch(r"keep (\d{1,9})bit g(\d{1,9})", verb)
     if not match:
         raise PlanError(f"plan: {where}: cannot read {verb!r}; wanted keep, keep 3bit g64, or drop")
     bits, group = int(match[1]), int(match[2])
@@ -191,9 +204,10 @@ def _fates(layer: Any, lines: Any) -> tuple[Fate, ...]:
         raise PlanError(f"plan: {where} has no fates")
     found: dict[int, Fate] = {}
     for verb, ids in lines.items():
+        fate = _fate(str(verb), where)
         for part in str(ids).split():
-            # five digits: a slip such as 0-99999999 would fill the memory
-            match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part)
+            # four digits: a slip such as 0-99999999 would fill the memory
+            match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
             if not match:
                 raise PlanError(
                     f"plan: {where}: cannot read {part!r}; wanted experts like 3 or 5-7"
@@ -201,7 +215,7 @@ def _fates(layer: Any, lines: Any) -> tuple[Fate, ...]:
             for e in range(int(match[1]), int(match[2] or match[1]) + 1):
                 if e in found:
                     raise PlanError(f"plan: {where}: expert {e} has two fates; leave it one")
-                found[e] = _fate(str(verb), where)
+                found[e] = fate
     missing = sorted(set(range(max(found, default=-1) + 1)) - set(found))
     if missing or not found:
         raise PlanError(f"plan: {where}: experts {_ranges(missing or [0])} have no fate")

@@ -181,7 +181,7 @@ def load_recipe(name: str | Path, changes: Mapping[str, Any] | None = None) -> R
         )
     try:
         doc = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise RecipeError(f"{path}: not TOML: {e}") from e
     for key, value in (changes or {}).items():
         table, _, last = key.rpartition(".")
@@ -199,7 +199,7 @@ def _recipe(path: Path, doc: dict[str, Any]) -> Recipe:
         if not isinstance(doc.get(key), dict):
             raise RecipeError(f"{path}: there is no [{key}] table; it must name a method")
     group = _value(int, doc.get("group", 64), f"{path}: group")
-    if group < 1:
+    if not 1 <= group < 10**9:
         raise RecipeError(f"{path}: group = {group}, wanted 1 column or more")
     rest = doc.get("rest", {})
     _refuse_unknown(f"{path} [rest]", rest, set(REST))
@@ -257,7 +257,7 @@ def _value(wanted: Any, value: Any, where: str) -> Any:
         raise RecipeError(
             f"{where} = {value!r}, wanted one of {', '.join(map(str, get_args(wanted)))}"
         )
-    if wanted is float and type(value) is int:
+    if wanted is float and type(value) is int and abs(value) < 2**63:
         return float(value)
     if type(value) is wanted and (wanted is not float or math.isfinite(value)):
         return value
@@ -267,7 +267,7 @@ def _value(wanted: Any, value: Any, where: str) -> Any:
 def _refuse_unknown(where: str, given: Any, known: set[str]) -> None:
     if not isinstance(given, dict):
         raise RecipeError(f"{where}: found {given!r}, wanted a table")
-    unknown = sorted(set(given) - known)
+    unknown = sorted(set(given) - known, key=str)  # those of a plan may be numbers
     if unknown:
         raise RecipeError(
             f"{where}: unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}"

@@ -28,7 +28,7 @@ from moecule.hf import (
     quiet,
     skeleton,
 )
-from moecule.journal import Trail
+from moecule.journal import HIDDEN, Trail
 from moecule.names import names_in_memory
 from moecule.ranks import SOLO, Ranks
 from moecule.runtime import PackedConfig, prepare_model
@@ -162,7 +162,9 @@ def trail_of(
     # what a block hears is some four times as much as its input, for one layer
     near = streamed.device.type == "cpu" or choose_place(size, 4, streamed.device) == "device"
     aside = None if near else torch.device("cpu")
-    free, want = shutil.disk_usage(folder).free, size * copies * compute.ranks.size
+    # what a killed run kept there is written over
+    kept = sum(f.stat().st_size for f in (folder / HIDDEN).rglob("*.safetensors"))
+    free, want = shutil.disk_usage(folder).free + kept, size * copies * compute.ranks.size
     if want <= DISK_SHARE * free:
         return Trail(place, folder / f"rank_{compute.ranks.rank}", aside=aside)
     if place == "disk":

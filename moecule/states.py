@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moecule.errors import OutputError
-from moecule.files import save_whole
+from moecule.files import save_whole, writing
 
 Place = Literal["device", "host", "disk"]
 DEVICE_SHARE, HOST_SHARE = 0.25, 0.6  # of what is free, that hidden states may take
@@ -50,7 +50,8 @@ class States(Sequence[Tensor]):
         if self.place != "device" or self.folder is not None:
             held = {name: _to_host(t) for name, t in given.items()}
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            with writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
             file = _file(self.folder, at)
             self._writes.append(self._pool.submit(save_whole, held, file, sync=False))
         if self.place == "disk":

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moecule.errors import DataError
 from moecule.experts import Expert
-from moecule.files import save_whole
+from moecule.files import parse_json, save_whole, write_text
 
 BINS = 256  # of every histogram over [0, 1]
 
@@ -120,8 +120,9 @@ def layer_file(folder: Path, layer: int) -> Path:
 
 
 def save_meta(meta: Mapping[str, Any], folder: Path) -> None:
-    """meta.json: the digests of what went in."""
-    (folder / "meta.json").write_text(json.dumps(dict(meta), indent=2, sort_keys=True) + "\n")
+    """meta.json: the digests of what went in, and of the layers' files, which are there."""
+    doc = {**meta, "sums": stats_digest(folder)}
+    write_text(folder / "meta.json", json.dumps(doc, indent=2, sort_keys=True) + "\n")
 
 
 def load_stats(folder: Path) -> tuple[dict[int, dict[str, Tensor]], dict[str, Any]]:
@@ -131,17 +132,22 @@ def load_stats(folder: Path) -> tuple[dict[int, dict[str, Tensor]], dict[str, An
             f"{folder} holds no meta.json, so it is not a stats folder; make one with moecule calibrate"
         )
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        layers = {int(p.stem[6:]): load_file(p) for p in sorted(folder.glob("layer_*.safetensors"))}
-    except (ValueError, SafetensorError) as e:
+        meta = parse_json((folder / "meta.json").read_text())
+        files = {int(p.stem[6:]): p for p in sorted(folder.glob("layer_*.safetensors"))}
+        if not isinstance(meta, dict):
+            raise ValueError("meta.json")
+        if sorted(files) != meta.get("layers"):
+            raise DataError(
+                f"{folder} holds layers {sorted(files)} and its meta.json names "
+                f"{meta.get('layers')}; remove it and calibrate again"
+            )
+        if meta.get("sums") != stats_digest(folder):
+            raise ValueError("its layers are not those that meta.json was written for")
+        layers = {i: load_file(p) for i, p in files.items()}
+    except DataError:
+        raise
+    except (OSError, ValueError, SafetensorError) as e:
         raise DataError(f"{folder} is damaged ({e}); remove it and calibrate again") from e
-    if not isinstance(meta, dict):
-        raise DataError(f"{folder} is damaged (meta.json); remove it and calibrate again")
-    if sorted(layers) != meta.get("layers"):
-        raise DataError(
-            f"{folder} holds layers {sorted(layers)} and its meta.json names {meta.get('layers')}; "
-            "remove it and calibrate again"
-        )
     return layers, meta
 
 

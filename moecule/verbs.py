@@ -30,7 +30,7 @@ from moecule.files import write_text
 from moecule.folder import remains, write_config
 from moecule.hf import Streamed
 from moecule.inventory import take_inventory
-from moecule.journal import HIDDEN, Journal, Trail, journal_of, partial_of
+from moecule.journal import HIDDEN, Journal, Trail, journal_of, placed, sweep
 from moecule.method import load_method
 from moecule.plan import Keep, Plan, Skip
 from moecule.recipe import Ask as Ask  # the request is part of what the verbs take
@@ -83,7 +83,7 @@ def calibrate(
     chosen, out, ranks = _recipe(recipe), Path(out), compute.ranks
     done = ranks.share((out / "meta.json").is_file(), 0)
     if not done and ranks.is_first:
-        check_out(out, {p.name for p in out.glob("layer_*")} if _half_moved(out) else set())
+        check_out(out, placed(out))
     streamed = stream(model, compute)
     windows = calibration_windows(streamed, data, chosen.data)
     needs = (COUNT, *(s for s in chosen.needs() if s != COUNT))
@@ -92,6 +92,7 @@ def calibrate(
         meta = _read_stats(out)[1]
         differing = [k for k, v in inputs.items() if meta.get(k) != v]
         if not differing:
+            sweep(out, ranks, whole=True)
             return out
         raise OutputError(
             f"{out} holds statistics made with another {', '.join(differing)}; name another folder "
@@ -104,25 +105,38 @@ def calibrate(
         out, {"verb": "calibrate", "processes": ranks.size, **inputs}, ranks
     ) as journal:
         made = journal.folder / MADE
-        trail = _trail(streamed, windows, compute, layers + 3 if backward else 3, journal)
-        mend = "it is damaged, or needs a wider dtype (--dtype float32)"
-        for layer, sums in collect(streamed, mine, needs, tick, trail):
-            _check_finite({layer: sums}, str(model), mend)
+        if not journal.is_written:
+            if ranks.is_first:  # what another request has put there is not ours
+                check_out(out, set())
+            trail = _trail(streamed, windows, compute, layers + 3 if backward else 3, journal)
+            mend = "it is damaged, or needs a wider dtype (--dtype float32)"
+            for layer, sums in collect(streamed, mine, needs, tick, trail):
+                _check_finite({layer: sums}, str(model), mend)
+                if ranks.is_first:
+                    save_layer(sums, made, layer)
             if ranks.is_first:
-                save_layer(sums, made, layer)
-        if ranks.is_first:
-            meta = inputs | {
-                "model": str(model),
-                "layers": [i for i in range(layers) if streamed.moe(i)],
-                "inventory": take_inventory(streamed).as_dict(),
-            }
-            save_meta(meta, made)
-            move_into(made, out)
-        ranks.wait()
+                meta = inputs | {
+                    "model": str(model),
+                    "layers": [i for i in range(layers) if streamed.moe(i)],
+                    "inventory": take_inventory(streamed).as_dict(),
+                }
+                save_meta(meta, made)
+        _put_in_place(journal, out)
     return out
 
 
 MADE = "made"  # in the journal's folder: what is to become the output
+
+
+def _put_in_place(journal: Journal, out: Path) -> None:
+    """What was made, and the journal away."""
+    made, ranks = journal.folder / MADE, journal.ranks
+    if not journal.is_written:
+        journal.written(p.name for p in made.iterdir()) if ranks.is_first else journal.written(())
+    if ranks.is_first:
+        move_into(made, out)
+    journal.remove()
+    ranks.wait()
 
 
 def _inputs(streamed: Streamed, windows: Int[Tensor, "N S"], sampling: Sampling) -> dict[str, Any]:
@@ -140,11 +154,6 @@ def _inputs(streamed: Streamed, windows: Int[Tensor, "N S"], sampling: Sampling)
         "batch": sampling.batch,
         "dtype": str(streamed.model.dtype).removeprefix("torch."),
     }
-
-
-def _half_moved(out: Path) -> bool:
-    """Whether a run was killed while it put its output in place."""
-    return (partial_of(out) / MADE).is_dir()
 
 
 def _trail(
@@ -176,13 +185,16 @@ def _check_finite(sums: Mapping[int, Mapping[str, Tensor]], where: str, mend: st
 
 def _read_stats(folder: Path) -> tuple[dict[int, dict[str, Tensor]], dict[str, Any], Inventory]:
     """(stats, meta, the model's inventory). Raises DataError where the folder is damaged."""
+    sums, meta = load_stats(folder)
     try:
-        sums, meta = load_stats(folder)
         inventory = Inventory.from_dict(meta["inventory"])
         whole = all(set(of) == {*meta["statistics"]} for of in sums.values())
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as e:
+        if not all(isinstance(meta[key], str) for key in ("model", "digest")):
+            raise ValueError("model and digest are no text")
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise DataError(f"{folder} is damaged ({e!r}); remove it and calibrate again") from e
-    if not whole or set(inventory.experts) != set(sums):
+    counts = {i: len(of[COUNT.name]) for i, of in sums.items() if COUNT.name in of}
+    if not whole or {i: e.n for i, e in inventory.experts.items()} != counts:
         raise DataError(f"{folder} lacks statistics of some layer; remove it and calibrate again")
     _check_finite(sums, str(folder), "remove it and calibrate again")
     return sums, meta, inventory
@@ -284,9 +296,9 @@ def apply(
     chosen = plan if isinstance(plan, Plan) else read_plan(plan)
     encode = part_of("plan, encode", chosen.encode, "encode")
     source = open_checkpoint(model).path
-    moved = {p.name for p in out.glob("*")} if _half_moved(out) else set()
     if ranks.is_first:
-        check_out(out, remains(out, source) | moved)
+        sweep(out, ranks, whole=False)
+        check_out(out, remains(out, source) | placed(out))
     streamed = stream(model, compute)
     windows = calibration_windows(streamed, data, sampling)
     inputs = _inputs(streamed, windows, sampling)
@@ -294,7 +306,9 @@ def apply(
     tick = ticker(progress, "apply", len(streamed.layers))
     with journal_of(out, request, ranks) as journal:
         made = journal.folder / MADE
-        if not journal.has("written"):
+        if not journal.is_written:
+            if ranks.is_first:  # what another request has put there is not ours
+                check_out(out, remains(out, source))
             writer, mine = Writer(made), ranks.mine(batches(windows, sampling.batch))
             trail = _trail(streamed, windows, compute, 3, journal)
             # without a journal all layers are done anew, and so is what was kept of them
@@ -305,11 +319,9 @@ def apply(
                 writer.close()
                 write_config(made, streamed.checkpoint, streamed.family, chosen, done)
                 _verify(streamed, done, windows, made, probe)
-            journal.add({"done": "written"})
         if ranks.is_first:
             (out / "result.json").unlink(missing_ok=True)  # of what lay there before
-            move_into(made, out)
-        ranks.wait()
+        _put_in_place(journal, out)
     return out
 
 

@@ -100,6 +100,7 @@ def walk(
         yield step
         if not len(step.outputs):
             step.run()
+        now.settle()  # a walk that keeps its inputs goes on from these too
         step.outputs.settle()
         trail.note({"up": i, **step.note})
         layer.to("meta")

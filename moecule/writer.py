@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from moecule.checkpoint import INDEX
 from moecule.errors import OutputError
-from moecule.files import save_whole, write_text
+from moecule.files import save_whole, write_text, writing
 
 SHARD_BYTES = 4 * 2**30  # of one file, at most, unless one tensor is larger
 SINGLE_BYTES = 2**30  # a checkpoint up to here becomes one file
@@ -32,7 +31,8 @@ class Writer:
     def __init__(
         self, folder: Path, shard_bytes: int = SHARD_BYTES, single_bytes: int = SINGLE_BYTES
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.shard_bytes, self.single_bytes = folder, shard_bytes, single_bytes
 
     def add(self, part: str, tensors: Mapping[str, Tensor]) -> None:
@@ -95,13 +95,13 @@ def _sizes(file: Path) -> dict[str, int]:
 def move_into(made: Path, out: Path) -> None:
     """Put a finished folder in place: config.json last, so that a half-moved one does not load.
 
-    May be called again after a kill.
+    May be called again after a kill. Raises OutputError where `out` cannot be written.
     """
-    out.mkdir(parents=True, exist_ok=True)
     last = ("config.json", "meta.json")  # each says of its folder that it is whole
-    for file in sorted(made.iterdir(), key=lambda p: (p.name in last, p.name)):
-        os.replace(file, out / file.name)
-    shutil.rmtree(made.parent)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for file in sorted(made.iterdir(), key=lambda p: (p.name in last, p.name)):
+            os.replace(file, out / file.name)
 
 
 def check_out(out: Path, allowed: set[str]) -> None:

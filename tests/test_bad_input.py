@@ -74,6 +74,13 @@ def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
     return damage
 
 
+def fewer_tokens(model: Path) -> None:
+    """A model of a smaller vocabulary than its tokenizer's."""
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    config(vocab_size=100)(model)
+    weights(lambda t: t.update({n: t[n][:100].clone() for n in names}))(model)
+
+
 def header(doc: Any) -> Damage:
     """A shard that is nothing but this header."""
     text = json.dumps(doc).encode()
@@ -114,7 +121,8 @@ MODELS: dict[str, tuple[Damage, str]] = {
     "more layers": (config(num_hidden_layers=5), "lacks what makes model.layers.3"),
     "other width": (config(hidden_size=64), "does not fit its config.json"),
     "fewer experts": (config(num_local_experts=4), "does not fit its config.json"),
-    "smaller vocabulary": (config(vocab_size=100), "the tokenizer gives token .* knows 100"),
+    "smaller vocabulary": (config(vocab_size=100), "does not fit its config.json"),
+    "fewer tokens": (fewer_tokens, "the tokenizer gives token .* knows 100"),
     "quantised": (config(quantization_config={"quant_method": "gptq"}), "quantised by 'gptq'"),
     "quantised oddly": (config(quantization_config="x"), "quantization_config is 'x', wanted"),
     "compressed": (config(model_type="moecule"), "does not say what is packed"),
@@ -131,7 +139,7 @@ MODELS: dict[str, tuple[Damage, str]] = {
     "header without shapes": (header(entry(shape=None)), "header is damaged"),
     "header of odd shapes": (header(entry(shape=["x"])), "header is damaged"),
     "header of odd places": (header(entry(data_offsets="xy")), "header is damaged"),
-    "header of no tensors": (header({}), "lacks what makes model.embed_tokens.weight"),
+    "header of no tensors": (header({}), "has 3 layers, and the files hold 0 tensors"),
     "unknown dtype": (header(entry(dtype="F4", data_offsets=[0, 0])), "a is F4, which is not dec"),
     "shard missing": (text(INDEX, '{"weight_map": {"a": "b"}}'), "names b, not in .*; fetch what"),
     "index is no JSON": (text(INDEX, "nope"), "index.json is damaged .*; fetch it again"),

@@ -33,7 +33,6 @@ OPTIONS = {
     "evaluate": "against device dtype json length skip states text trust-remote-code",
     "families": "json",
     "generate": "device dtype seed skip temperature tokens trust-remote-code",
-    "families": "json",
     "inspect": "bits context device dtype fit json length recipe samples set size states time",
     "plan": "bits context fit out recipe set size",
 }

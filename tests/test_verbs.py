@@ -23,6 +23,7 @@ from moecule import verbs
 from moecule.budget import Inventory, bytes_by_part
 from moecule.plan import Drop, Keep
 from moecule.recipe import load_recipe
+from moecule.stats import save_meta
 
 SIDE = {"README.md", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
 OWN = {"config.json", "model.safetensors", "moecule_required.py", "plan.yaml"}
@@ -289,6 +290,9 @@ def test_statistics_without_a_number_are_refused(here):
     whole = load_file(file)
     args = ("plan", file.parent, "-o", here / "p")
     save_file({k: t for k, t in whole.items() if k != "count"}, file)
+    save_meta(json.loads((file.parent / "meta.json").read_text()), file.parent)
     assert "lacks statistics of some layer" in refused(here, *args)
     save_file(whole | {"count": whole["count"] * torch.nan}, file)
+    assert "is damaged (its layers are not those" in refused(here, *args)
+    save_meta(json.loads((file.parent / "meta.json").read_text()), file.parent)
     assert "count of layer 1 is NaN or Inf; remove it" in refused(here, *args)
