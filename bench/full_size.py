@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--batch", type=int, default=8, help="windows that pass together")
     parser.add_argument("--recipe", default="mc")
     parser.add_argument("--states", default="auto")
     parser.add_argument("--experts", type=int, help="fewer, so that more layers fit the disk")
@@ -125,7 +126,8 @@ def main() -> None:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         clock = Clock()
-        changes = {"data.samples": args.samples, "data.length": args.length}
+        changes = {"samples": args.samples, "length": args.length, "batch": args.batch}
+        changes = {f"data.{key}": value for key, value in changes.items()}
         start = time.perf_counter()
         made = compress(
             folder,

@@ -330,7 +330,11 @@ def _compute(device: str, dtype: str, trust: bool, states: Where = "auto") -> An
     from moecule.session import Compute
 
     asked = Compute(device, dtype, trust, states)
-    return replace(asked, ranks=join(cuda=asked.torch_device().type == "cuda"))
+    cuda = asked.torch_device().type == "cuda"
+    ranks = join(cuda=cuda)
+    if cuda and ranks.size > 1:  # by number: what runs in threads begins on the first GPU
+        return replace(asked, ranks=ranks, device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    return replace(asked, ranks=ranks)
 
 
 def _recipe(name: str, sets: list[str] | None, samples: int | None, length: int | None) -> Any:

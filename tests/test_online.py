@@ -78,7 +78,7 @@ def test_a_loaded_model_skips_nothing_until_it_is_told(name, compressed, batch):
 def weighted_by_hand(model: Any, name: str, limit: float) -> Iterator[None]:
     """Within, all experts run, with the coefficients that the rule would leave; nobody is protected."""
     family = load_family(name)
-    renormalised = family.is_renormalised(model.config.to_dict())
+    renormalised = family.is_renormalised(model.config.get_text_config())
 
     def reweigh(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x, idx, coef = args

@@ -67,10 +67,12 @@ def stream(folder: Path, dtype: torch.dtype = torch.float32) -> Streamed:
     return streamed
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32, *, experts: str | None = None) -> Any:
+def load(
+    folder: Path, dtype: torch.dtype = torch.float32, *, experts: str | None = None, **how: Any
+) -> Any:
     """The checkpoint as transformers loads it, its experts run by the function of that name."""
     auto = auto_class(type(AutoConfig.from_pretrained(folder)))
-    model = auto.from_pretrained(folder, dtype=dtype).eval()
+    model = auto.from_pretrained(folder, dtype=dtype, **how).eval()
     if experts is not None:
         set_experts(model, experts)
     return model
