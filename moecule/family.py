@@ -31,6 +31,7 @@ class Family:
     groups: str | None = None  # config key: the router picks groups of experts first
     # the argument in which a layer receives what the one before returned after the hidden states
     takes: str | None = None
+    since: str = "5.16"  # the first transformers whose experts and router are as said here
 
     def is_renormalised(self, config: Any) -> bool:
         """Whether a token's coefficients sum to a constant; `config` is of the model's text part."""

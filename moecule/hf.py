@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -202,6 +204,7 @@ def skeleton(
     config = checkpoint.config
     packed = config["model_type"] == PACKED
     family = load_family(config["moecule"]["model_type"] if packed else config["model_type"])
+    check_version(family)
     try:
         settings = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
         _check_layers(settings, checkpoint)
@@ -227,6 +230,15 @@ def skeleton(
     except (IndexError, NameError, RuntimeError) as e:
         raise _no_config(checkpoint, family, e) from e
     return model, family
+
+
+def check_version(family: Family) -> None:
+    """Raise CheckpointError where the transformers that is installed is too old for the family."""
+    if Version(transformers.__version__) < Version(family.since):
+        raise CheckpointError(
+            f"{family.model_type} needs transformers {family.since} or newer, and this is "
+            f"{transformers.__version__}; update it"
+        )
 
 
 def auto_class(config: type) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES as CONFIGS
@@ -280,6 +281,13 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "zaya": {"num_experts": 8, "num_experts_per_tok": 1, "router_hidden_size": 16},
 }  # fmt: skip
+
+
+def is_new_enough(model_type: str) -> bool:
+    """Whether this transformers is one that the family is served with."""
+    from moecule.family import load_family
+
+    return Version(transformers.__version__) >= Version(load_family(model_type).since)
 
 
 def known() -> list[str]:

@@ -19,14 +19,15 @@ import moecule
 from moecule.catalogue import FOUND, catalogue, readme_table, served_by_transformers
 from moecule.errors import CheckpointError
 from moecule.families import REFUSED
-from moecule.family import family_names, load_family
+from moecule.family import Family, family_names, load_family
+from moecule.hf import check_version
 from moecule.journal import HIDDEN, Trail, journal_of
 from moecule.plan import Keep
 from moecule.recipe import load_recipe
 from moecule.session import Compute, stream_any
 from moecule.walk import walk
 
-SERVED = sorted(set(family_names()) & set(every.known()))
+SERVED = [n for n in family_names() if n in every.known() and every.is_new_enough(n)]
 OTHERS = [name for name in SERVED if name not in tiny.FAMILIES]  # not gone through elsewhere
 each = pytest.mark.parametrize("name", OTHERS)
 
@@ -137,6 +138,11 @@ def test_the_catalogue_names_each_family_once():
 @pytest.mark.parametrize("name", ["qwen3_5_moe_text", "inkling_text", "gemma4_text"])
 def test_the_text_part_by_itself_is_of_the_same_family(name):
     assert load_family(name).model_type.startswith(name.removesuffix("_text"))
+
+
+def test_too_old_a_transformers_is_named():
+    with pytest.raises(CheckpointError, match="zoo needs transformers 99.1 or newer.*update it"):
+        check_version(Family("zoo", since="99.1"))
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))

@@ -2,4 +2,4 @@
 
 from moecule.family import Family
 
-FAMILY = Family("aria", router="router", count_keys=("moe_num_experts",))
+FAMILY = Family("aria", router="router", count_keys=("moe_num_experts",), since="5.18")

@@ -2,4 +2,4 @@
 
 from moecule.family import Family
 
-FAMILY = Family("granitemoe", router="router")
+FAMILY = Family("granitemoe", router="router", since="5.18")

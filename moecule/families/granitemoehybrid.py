@@ -2,4 +2,4 @@
 
 from moecule.family import Family
 
-FAMILY = Family("granitemoehybrid", router="router")
+FAMILY = Family("granitemoehybrid", router="router", since="5.18")

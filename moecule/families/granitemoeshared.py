@@ -2,4 +2,4 @@
 
 from moecule.family import Family
 
-FAMILY = Family("granitemoeshared", router="router")
+FAMILY = Family("granitemoeshared", router="router", since="5.18")

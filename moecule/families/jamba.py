@@ -2,4 +2,6 @@
 
 from moecule.family import Family
 
-FAMILY = Family("jamba", router="router", renormalise=False, count_keys=("num_experts",))
+FAMILY = Family(
+    "jamba", router="router", renormalise=False, count_keys=("num_experts",), since="5.21"
+)
