@@ -315,7 +315,10 @@ def _classes(base: Any) -> tuple[Any, Any]:
     if base not in _made:
         auto = auto_class(base)
         model_base = auto._model_mapping[base]
-        config = type(base.__name__, (base,), {"model_type": MODEL_TYPE, "expert_skip": False})
+        own = {"model_type": MODEL_TYPE, "expert_skip": False}
+        # up to 5.17 transformers mends configs that are not its own, and spoils this one
+        own["is_custom_code"] = classmethod(lambda cls: False)
+        config = type(base.__name__, (base,), own)
         # transformers reads a class's source file to know these; ours would say no
         answers = {
             "_can_set_experts_implementation": model_base._can_set_experts_implementation,

@@ -47,7 +47,7 @@ from moecule.session import (
     trail_of,
 )
 from moecule.stats import COUNT, load_stats, save_layer, save_meta, stats_digest
-from moecule.verify import PROBE_TOKENS, keep_probe, verify
+from moecule.verify import keep_probe, probe_tokens, verify
 from moecule.writer import Writer, check_out, move_into
 
 AUTO = Compute()
@@ -329,7 +329,7 @@ def _verify(
     streamed: Streamed, done: Applied, windows: Int[Tensor, "N S"], folder: Path, probe: Path
 ) -> None:
     """Compare what `folder` computes, opened afresh, with the walk."""
-    tokens = windows[:1, :PROBE_TOKENS]
+    tokens = windows[:1, : probe_tokens(streamed.family.takes)]
     assert done.last is not None  # the walk has come to its end
     with torch.no_grad():
         logits = streamed.logits(done.last[0][:1, : tokens.shape[1]], tokens)

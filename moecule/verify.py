@@ -35,13 +35,17 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 MOST_OFF = {torch.float32: 0.01, torch.float16: 0.25, torch.bfloat16: 0.25}
 
 
+def probe_tokens(takes: str | None) -> int | None:
+    """How many tokens are compared; all where layers hand on what speaks of the whole sequence."""
+    return PROBE_TOKENS if takes is None else None
+
+
 def keep_probe(step: Step, probe: Path) -> None:
     """What the first tokens of the first sequence became in this layer, into the folder `probe`."""
-    given, made = step.inputs[0][:1, :PROBE_TOKENS], step.outputs[0][:1, :PROBE_TOKENS]
-    handed = step.inputs.handed(0)
-    tensors = {"given": given, "made": made}
+    n, handed = probe_tokens(step.calls[0][step.index].takes), step.inputs.handed(0)
+    tensors = {"given": step.inputs[0][:1, :n], "made": step.outputs[0][:1, :n]}
     if handed is not None:
-        tensors["handed"] = handed
+        tensors["handed"] = handed[:1]
     probe.mkdir(parents=True, exist_ok=True)
     ready = {n: t.cpu().contiguous() for n, t in tensors.items()}
     save_whole(ready, probe / f"layer_{step.index:04d}.safetensors", sync=False)
