@@ -26,7 +26,7 @@ from moecule.plan import Drop, Keep, Plan
 from moecule.recipe import Part
 from moecule.record import Batch
 from moecule.states import States
-from moecule.walk import Step, Tick, Walked, walk
+from moecule.walk import Step, Tick, finish, walk
 from moecule.writer import Writer
 
 
@@ -110,14 +110,9 @@ def apply_plan(
         names = set(streamed.outer_names())
         outer = {n: t for n, t in streamed.model.state_dict().items() if n in names}
         writer.add("outer", streamed.to_disk(outer) if stock else _cast(streamed, outer))
-    up = walk(streamed, batches, tick, trail)
     notes = list(trail.journal.entries) if trail.journal else []
-    while True:
-        try:
-            step = next(up)
-        except StopIteration as end:
-            walked: Walked = end.value
-            break
+
+    def compress(step: Step) -> None:
         _layer(streamed, plan, codec, step, trail.aside)
         notes.append(step.note)
         prefix = f"{streamed.prefix}{step.index}."
@@ -126,6 +121,8 @@ def apply_plan(
             tensors = streamed.to_disk(state) if stock else _cast(streamed, state)
             writer.add(f"layer-{step.index:04d}", tensors)
             seen(step)
+
+    walked = finish(walk(streamed, batches, tick, trail), compress)
     return _applied(notes, walked.last)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from moecule.budget import Cache
+from moecule.moe import experts_in
 
 BITS = 16  # of a number of the model's dtype, whatever a walk computes in
 OURS = "transformers.cache_utils"  # whose windows hold that many tokens and no more
@@ -57,8 +58,7 @@ def _filled(model: Any, tokens: int) -> list[Any]:
 @contextmanager
 def _no_experts(model: nn.Module) -> Iterator[None]:
     """Within, experts give zeros: which of them run depends on numbers, and meta has none."""
-    # an attribute that transformers sets on experts modules alone
-    experts: list[Any] = [m for m in model.modules() if "is_concatenated" in vars(m)]
+    experts = [module for _, module in experts_in(model)]
     for module in experts:
         module.forward = lambda x, *args, **kwargs: torch.zeros_like(x)
     try:

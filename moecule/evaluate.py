@@ -107,12 +107,12 @@ def _losses(
     batches = [(name, part) for name, of in windows.items() for part in of.split(BATCH)]
     mine = compute.ranks.mine(batches)
     tick = ticker(progress, "evaluate", sum(len(m.layers) for m in models))
+    tokens = sum(of.numel() for of in windows.values())
     sums = {name: torch.zeros(4, dtype=torch.float64) for name in windows}
     with tempfile.TemporaryDirectory() as scratch:
         last = []
         for i, m in enumerate(models):
-            whole = torch.cat([w.flatten() for w in windows.values()])[None]
-            trail = trail_of(m, whole, compute, 3 + len(models), Path(scratch))
+            trail = trail_of(m, tokens, compute, 3 + len(models), Path(scratch))
             folder = Path(scratch, str(i)) if trail.place == "disk" else None
             up = walk(m, [part for _, part in mine], tick, Trail(trail.place, folder))
             last.append(finish(up).last)

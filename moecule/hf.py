@@ -140,11 +140,13 @@ class Streamed:
 
     def layer_names(self, i: int) -> list[str]:
         """Names in memory of the tensors of layer i."""
-        return [n for n in self.disk if n.startswith(f"{self.prefix}{i}.")]
+        inside = f"{self.prefix}{i}."  # once: finding the layers looks at every module
+        return [n for n in self.disk if n.startswith(inside)]
 
     def outer_names(self) -> list[str]:
         """Names in memory of the tensors outside the layers: embeddings, norm, head."""
-        return [n for n in self.disk if not n.startswith(self.prefix)]
+        inside = self.prefix
+        return [n for n in self.disk if not n.startswith(inside)]
 
     def moe(self, i: int) -> Moe | None:
         """The MoE block of layer i, or None where the layer is dense."""
@@ -214,6 +216,9 @@ def skeleton(
             model = auto_class(type(settings)).from_config(settings, dtype=dtype)
     except CheckpointError:
         raise
+    except ImportError as e:  # transformers asks for some packages when a model is built
+        said = " ".join(str(e).split())
+        raise CheckpointError(f"{family.model_type} cannot be built: {said}; install it") from e
     except WRONG as e:
         raise _no_config(checkpoint, family, e) from e
     model.eval().requires_grad_(False)

@@ -16,7 +16,6 @@ from moecule.method import load_method
 from moecule.moe import experts_of, find_layers, find_moe
 from moecule.needs import Needs, needs_of, work_of
 from moecule.pace import Pace, pace_of
-from moecule.plan import Keep, Plan
 from moecule.recipe import Ask, Recipe, load_recipe
 from moecule.session import Compute, open_checkpoint, stream
 
@@ -108,7 +107,10 @@ def _foreseen(
     size = budget.size_bytes
     return replace(
         facts,
-        sizes_by_bits={str(b): _size_at(inventory, recipe, b) for b in (1, 2, 3, 4)},
+        sizes_by_bits={
+            str(b): sum(bytes_by_part(inventory, recipe.uniform(inventory, b)).values())
+            for b in (1, 2, 3, 4)
+        },
         budget=budget,
         needs=needs_of(work, size, compute),
         pace=pace_of(streamed, inventory, recipe, work, size) if time else None,
@@ -208,8 +210,3 @@ def _duration(seconds: float) -> str:
 
 
 _SIZES = ("size_bytes", "bits_per_weight", "nominal_bits", "bytes_by_part")
-
-
-def _size_at(inventory: Inventory, recipe: Recipe, bits: int) -> int:
-    layers = {i: (Keep(bits, recipe.group),) * e.n for i, e in inventory.experts.items()}
-    return sum(bytes_by_part(inventory, Plan("", "", layers, rest=recipe.rest)).values())

@@ -21,7 +21,7 @@ from moecule.pack import DEVICE_SHARE, HOST_CHUNK_BYTES
 from moecule.recipe import Recipe
 from moecule.session import Compute
 from moecule.states import Place, choose_place
-from moecule.stats import COUNT, Seen, Statistic
+from moecule.stats import Seen, Statistic
 from moecule.writer import SINGLE_BYTES
 
 RUNTIME_BYTES = 450 * 10**6  # Python, torch, transformers, and what their kernels keep
@@ -91,7 +91,7 @@ def work_of(streamed: Streamed, inventory: Inventory, recipe: Recipe) -> Work:
     moes = [m for layer in streamed.layers if (m := find_moe(layer, streamed.family))]
     where = max(inventory.experts, key=lambda i: inventory.experts[i].weights)
     window = window_length(streamed.model.config, recipe.data.length)
-    needs = (COUNT, *(s for s in recipe.needs() if s != COUNT))
+    needs = recipe.counted()
     return Work(
         layers=len(streamed.layers),
         tokens=recipe.data.samples * window,

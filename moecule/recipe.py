@@ -19,7 +19,7 @@ from moecule.data import Sampling
 from moecule.errors import RecipeError
 from moecule.method import load_method
 from moecule.plan import REST, Keep, Plan
-from moecule.stats import Statistic
+from moecule.stats import COUNT, Statistic
 
 HERE = Path(__file__).parent / "recipes"
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text in quotes"}
@@ -61,6 +61,10 @@ class Recipe:
         found = [s for what, p in parts for s in load_method(p.method, what).needs(p.options)]
         return tuple(dict.fromkeys(found))
 
+    def counted(self) -> tuple[Statistic, ...]:
+        """What calibrating for it counts: how often each expert was used, and what it needs."""
+        return tuple(dict.fromkeys((COUNT, *self.needs())))
+
     def widths(self) -> tuple[int, int]:
         """The least and the most bits that its allocation can give an expert."""
         given = getattr(self.allocate.options, "bits", (1, 8))
@@ -68,7 +72,11 @@ class Recipe:
 
     def least(self, inventory: Inventory) -> Plan:
         """A plan that no plan of this recipe is smaller than."""
-        keep = Keep(self.widths()[0], self.group)
+        return self.uniform(inventory, self.widths()[0])
+
+    def uniform(self, inventory: Inventory, bits: int) -> Plan:
+        """A plan that gives all experts `bits`, whether the recipe itself would or not."""
+        keep = Keep(bits, self.group)
         layers = {i: (keep,) * experts.n for i, experts in inventory.experts.items()}
         return Plan("", "", layers, rest=self.rest)
 

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from moecule import online
@@ -147,14 +145,12 @@ def state_bytes(streamed: Streamed) -> int:
     return int(streams * config.hidden_size * streamed.model.dtype.itemsize + handed)
 
 
-def trail_of(
-    streamed: Streamed, windows: Int[Tensor, "N S"], compute: Compute, copies: int, folder: Path
-) -> Trail:
-    """Where a walk over `windows` keeps its hidden states, `copies` of them at most; no journal.
+def trail_of(streamed: Streamed, tokens: int, compute: Compute, copies: int, folder: Path) -> Trail:
+    """Where a walk over so many tokens keeps its hidden states, `copies` of them at most; no journal.
 
     Raises OutputError where they must go to disk and there is no room in `folder`.
     """
-    size = -(-windows.numel() // compute.ranks.size) * state_bytes(streamed)
+    size = -(-tokens // compute.ranks.size) * state_bytes(streamed)
     place = compute.states
     if place == "auto":
         place = choose_place(size, copies, streamed.device)

@@ -63,20 +63,17 @@ class States(Sequence[Tensor]):
         return len(self._held)
 
     def __getitem__(self, b: int) -> Float[Tensor, "B S *H"]:  # type: ignore[override]
-        return self._get(b)["hidden"].to(self.device, non_blocking=True)
+        return self.both(b)[0]
 
-    def handed(self, b: int) -> Tensor | None:
-        """What came with batch b's hidden states, if anything."""
-        found = self._get(b).get("handed")
-        return None if found is None else found.to(self.device, non_blocking=True)
-
-    def _get(self, b: int) -> dict[str, Tensor]:
+    def both(self, b: int) -> tuple[Float[Tensor, "B S *H"], Tensor | None]:
+        """Batch b's hidden states, and what came with them, if anything."""
         held = self._held[b]
         if held is None:
             assert self.folder is not None  # nothing is on disk without one
             self._settle(most=0)
             held = _load(_file(self.folder, b % len(self)))
-        return held
+        here = {name: t.to(self.device, non_blocking=True) for name, t in held.items()}
+        return here["hidden"], here.get("handed")
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[b] for b in range(len(self)))

@@ -86,7 +86,7 @@ def calibrate(
         check_out(out, placed(out))
     streamed = stream(model, compute)
     windows = calibration_windows(streamed, data, chosen.data)
-    needs = (COUNT, *(s for s in chosen.needs() if s != COUNT))
+    needs = chosen.counted()
     inputs = _inputs(streamed, windows, chosen.data) | {"statistics": sorted(s.name for s in needs)}
     if done:
         meta = _read_stats(out)[1]
@@ -160,7 +160,7 @@ def _trail(
     streamed: Streamed, windows: Int[Tensor, "N S"], compute: Compute, copies: int, journal: Journal
 ) -> Trail:
     """With the journal, where the disk has room for what a killed run goes on from."""
-    trail = trail_of(streamed, windows, compute, copies, journal.folder)
+    trail = trail_of(streamed, windows.numel(), compute, copies, journal.folder)
     if trail.folder is None:
         warnings.warn(
             "the disk has no room to keep hidden states: if this run is killed, the pass over the "

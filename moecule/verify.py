@@ -42,8 +42,9 @@ def probe_tokens(takes: str | None) -> int | None:
 
 def keep_probe(step: Step, probe: Path) -> None:
     """What the first tokens of the first sequence became in this layer, into the folder `probe`."""
-    n, handed = probe_tokens(step.calls[0][step.index].takes), step.inputs.handed(0)
-    tensors = {"given": step.inputs[0][:1, :n], "made": step.outputs[0][:1, :n]}
+    n = probe_tokens(step.calls[0][step.index].takes)
+    given, handed = step.inputs.both(0)
+    tensors = {"given": given[:1, :n], "made": step.outputs[0][:1, :n]}
     if handed is not None:
         tensors["handed"] = handed[:1]
     probe.mkdir(parents=True, exist_ok=True)
@@ -88,7 +89,7 @@ def _child(folder: Path, probe: Path, dtype: torch.dtype, device: torch.device) 
     if fits(streamed):  # then as users load it
         model = load(folder, compute)
         layer_of = list(find_layers(model)[1]).__getitem__
-        said = _misread(folder, model)
+        said = _misread(streamed.checkpoint, model)
         if said:
             return said
     tokens = end["tokens"].to(device)
@@ -127,9 +128,8 @@ def _off(
     return 1.0 - float(near.double().mean())
 
 
-def _misread(folder: Path, model: nn.Module) -> str | None:
+def _misread(checkpoint: Checkpoint, model: nn.Module) -> str | None:
     """What is in memory otherwise than on disk, where names are the same in both."""
-    checkpoint = Checkpoint.open(folder)
     if checkpoint.config["model_type"] != PACKED:
         return None
     held = model.state_dict()

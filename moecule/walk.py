@@ -37,9 +37,9 @@ class Step:
     def passes(self) -> Iterator[tuple[Float[Tensor, "B S *H"], Float[Tensor, "B S *H"]]]:
         """Pass batch after batch, giving (input, output); later layers receive what comes out."""
         for b in range(len(self.inputs)):
-            x = self.inputs[b]
+            x, handed = self.inputs.both(b)
             with torch.no_grad():
-                out, handed = self.calls[b][self.index](self.layer, x, self.inputs.handed(b))
+                out, handed = self.calls[b][self.index](self.layer, x, handed)
             self.outputs.append(out, handed)
             yield x, out
 
@@ -51,8 +51,8 @@ class Step:
     @torch.no_grad()
     def listen(self) -> None:
         """Pass all batches for those who listen; what comes out is forgotten."""
-        for b, x in enumerate(self.inputs):
-            self.calls[b][self.index](self.layer, x, self.inputs.handed(b))
+        for b in range(len(self.inputs)):
+            self.calls[b][self.index](self.layer, *self.inputs.both(b))
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,13 @@ def walk(
     return Walked(now, calls, found)
 
 
-def finish(up: Generator[Step, None, Walked]) -> Walked:
-    """Go the rest of the way, changing nothing."""
+def finish(
+    up: Generator[Step, None, Walked], each: Callable[[Step], None] = lambda step: None
+) -> Walked:
+    """Go the rest of the way, `each` layer being handed over before the walk goes on."""
     while True:
         try:
-            next(up)
+            each(next(up))
         except StopIteration as end:
             walked: Walked = end.value
             return walked
@@ -145,8 +147,9 @@ class BackStep:
         """
         for b in range(len(self.inputs)):
             with torch.enable_grad():
-                x = self.inputs[b].detach().requires_grad_()
-                out, _ = self.calls[b][self.index](self.layer, x, self.inputs.handed(b))
+                given, handed = self.inputs.both(b)
+                x = given.detach().requires_grad_()
+                out, _ = self.calls[b][self.index](self.layer, x, handed)
             grads = torch.autograd.grad(out, [x, *watched], self.above[b])
             watched.clear()
             self.below.append(grads[0])

@@ -50,9 +50,10 @@ class Writer:
             for file in parts:
                 file.unlink()
             parts = []
-        total = sum(size for file in parts for size in _sizes(file).values())
         if not parts:
             return sum(_sizes(self.folder / SINGLE).values())
+        sizes = {file: _sizes(file) for file in parts}
+        total = sum(size for of in sizes.values() for size in of.values())
         if total <= self.single_bytes:
             tensors: dict[str, Tensor] = {}
             for file in parts:
@@ -62,7 +63,7 @@ class Writer:
             for file in parts:
                 file.unlink()
             return total
-        weight_map = {n: file.name for file in parts for n in _sizes(file)}
+        weight_map = {n: file.name for file in parts for n in sizes[file]}
         index = {
             "metadata": {"total_size": total},
             "weight_map": dict(sorted(weight_map.items())),

@@ -7,17 +7,20 @@ import lzma
 import re
 import shutil
 import struct
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from test_cli import SMALL, TEXT, refused, run
 
+from moecule.errors import CheckpointError
 from moecule.plan import Drop
 from moecule.recipe import load_recipe
 from moecule.verbs import calibrate, plan
@@ -311,3 +314,10 @@ def test_groups_of_experts_must_stay_even(checkpoint, here):
     (here / "uneven.yaml").write_text(replace(made, layers=uneven).dumps())
     args = ("apply", model, here / "uneven.yaml", "-o", here / "new", "--data", here / "text.txt")
     assert "each must keep the same number" in refused(here, *args, *SMALL)
+
+
+def test_a_family_that_lacks_a_package_names_it(checkpoint, monkeypatch):
+    folder = checkpoint("inkling_mm_model")
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)  # as if it were not installed
+    with pytest.raises(CheckpointError, match="inkling_mm_model cannot be built: .*scipy.*install"):
+        tiny.stream(folder)

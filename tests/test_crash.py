@@ -67,14 +67,6 @@ def place(checkpoint, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def here(place, tmp_path, monkeypatch) -> Path:
-    """A copy of it. What is written is not opened afresh, which takes seconds; nor measured."""
-    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
-    monkeypatch.setattr(verbs, "verify", lambda *args: 0.0)
-    return tmp_path
-
-
 def calibrate(here: Path, recipe: Recipe = FORWARD, out: str = "out", **how: object) -> None:
     data, on = here / "text.txt", Compute(states="host")
     verbs.calibrate(

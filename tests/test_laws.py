@@ -68,7 +68,7 @@ def test_listening_changes_nothing_and_hears_what_the_experts_say(name, checkpoi
             continue
         with torch.no_grad():  # as the walk has it: convolutions round otherwise with gradients
             unheard = [
-                call[step.index](step.layer, x, step.inputs.handed(b))[0]
+                call[step.index](step.layer, *step.inputs.both(b))[0]
                 for b, (call, x) in enumerate(zip(step.calls, step.inputs, strict=True))
             ]
         with listening(moe) as heard:

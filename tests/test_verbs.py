@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from test_cli import SMALL, TEXT, refused, run, tree
 
 import moecule
-from moecule import verbs
 from moecule.budget import Inventory, bytes_by_part
 from moecule.plan import Drop, Keep
 from moecule.recipe import load_recipe
@@ -59,14 +58,6 @@ def place(checkpoint, tmp_path_factory) -> Path:
     code, _, err = compress(folder, "out")
     assert code == 0, err
     return folder
-
-
-@pytest.fixture
-def here(place, tmp_path, monkeypatch) -> Path:
-    """A copy of it; what is written here is not opened afresh, which takes seconds."""
-    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
-    monkeypatch.setattr(verbs, "verify", lambda *args: 0.0)
-    return tmp_path
 
 
 def compress(here: Path, out: str, *args: str) -> tuple[int, str, str]:
