@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moecule import runtime
+from moecule.batch import Batch
 from moecule.errors import PlanError
 from moecule.hf import Streamed
 from moecule.inventory import rest_parts
@@ -24,7 +25,6 @@ from moecule.pack import Codec, pack_experts, pack_weights
 from moecule.packed import Packed
 from moecule.plan import Drop, Keep, Plan
 from moecule.recipe import Part
-from moecule.record import Batch
 from moecule.states import States
 from moecule.walk import Step, Tick, finish, walk
 from moecule.writer import Writer

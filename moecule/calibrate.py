@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moecule.batch import Batch
 from moecule.errors import CheckpointError
 from moecule.experts import Expert
 from moecule.hf import Streamed
 from moecule.journal import NO_TRAIL, Trail
 from moecule.moe import Heard, Moe, experts_of, listening
-from moecule.record import Batch
 from moecule.stats import LayerSeen, Seen, Statistic
 from moecule.walk import Tick, Walked, walk, walk_back
 
@@ -102,7 +102,7 @@ def expert_sums(
     moe: Moe,
     heard: Heard,
     needs: Sequence[Statistic],
-    grads: Sequence[Float[Tensor, "T H"]] | None = None,
+    grads: Sequence[Float[Tensor, "_T H"]] | None = None,
 ) -> Sums:
     """The statistics of a layer's experts, [E, ...] each; `grads` of the loss by the routed output."""
     wanted = [s for s in needs if s.of or s.of_expert]
@@ -159,7 +159,7 @@ def seen_by(
     streamed: Streamed,
     moe: Moe,
     heard: Heard,
-    grads: Sequence[Float[Tensor, "T H"]] | None = None,
+    grads: Sequence[Float[Tensor, "_T H"]] | None = None,
 ) -> Iterator[Iterator[Seen]]:
     """What each expert of the layer saw, expert by expert, each batch by batch.
 

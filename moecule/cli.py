@@ -41,7 +41,10 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a key: encode.damp=0.05", metavar="KEY=VALUE"),
 ]
-Data = Annotated[Path | None, typer.Option(help="Calibration text: plain or JSON lines, also .xz.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="Calibration text: plain, or JSON lines of documents or conversations."),
+]
 Samples = Annotated[int | None, typer.Option(help="Calibration windows.")]
 Length = Annotated[int | None, typer.Option(help="Tokens of a window.")]
 Bits = Annotated[
@@ -61,7 +64,7 @@ StatesAt = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Texts = Annotated[
-    list[Path] | None, typer.Option("--text", help="Text to evaluate on; may repeat.")
+    list[Path] | None, typer.Option("--text", help="Text to evaluate on, as --data; may repeat.")
 ]
 SkipFlag = Annotated[bool, typer.Option("--skip", help="With the online skipping saved in it.")]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from moecule.errors import OutputError
-from moecule.evaluate import evaluate, evaluation_windows
+from moecule.evaluate import evaluate
 from moecule.files import write_text
 from moecule.folder import remains
 from moecule.inventory import take_inventory
@@ -19,6 +19,7 @@ from moecule.journal import only_one, placed, sweep
 from moecule.recipe import Ask, Recipe, load_recipe
 from moecule.result import Result, load_result
 from moecule.session import Compute, Progress, open_checkpoint, silent, stream
+from moecule.text import evaluation_batches
 from moecule.verbs import AUTO, NO_WISH, apply, calibrate, plan, read_plan
 from moecule.writer import check_out
 
@@ -114,7 +115,7 @@ def _check(
     streamed = stream(model, compute, empty=True)
     ask.check(recipe, take_inventory(streamed))
     if text:
-        evaluation_windows(streamed.model.config, path, text, 0, None, recipe.data)
+        evaluation_batches(streamed.model.config, path, text, 0, None, recipe.data)
 
 
 def _is_done(out: Path) -> bool:

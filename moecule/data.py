@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import lzma
 import random
@@ -16,6 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from moecule.batch import Batch
 from moecule.errors import DataError
 
 
@@ -35,11 +35,8 @@ class Sampling:
                 raise DataError(f"{name} = {value}, wanted 1 window or more")
 
 
-def read_texts(path: str | Path) -> list[str]:
-    """The documents of a file: JSON lines (strings, {"text": ...} or [..., text]) or plain text.
-
-    Either may be packed as .xz. Raises DataError for a file that is missing or holds no text.
-    """
+def read_text(path: str | Path) -> str:
+    """The text of a file, packed as .xz or not. Raises DataError where it is missing or none."""
     path = Path(path)
     try:
         raw = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
@@ -50,8 +47,22 @@ def read_texts(path: str | Path) -> list[str]:
         ) from e
     if "\0" in text:
         raise DataError(f"{path} holds zero bytes, so it is no text; give UTF-8 text or JSON lines")
+    return text
+
+
+def is_lines(path: str | Path) -> bool:
+    """Whether a file's name says JSON lines."""
+    return Path(path).name.removesuffix(".xz").endswith((".jsonl", ".json"))
+
+
+def read_texts(path: str | Path) -> list[str]:
+    """The documents of a file: JSON lines (strings, {"text": ...} or [..., text]) or plain text.
+
+    Either may be packed as .xz. Raises DataError for a file that is missing or holds no text.
+    """
+    path, text = Path(path), read_text(path)
     texts = [text]
-    if path.name.removesuffix(".xz").endswith((".jsonl", ".json")):
+    if is_lines(path):
         # not splitlines(): a JSON string may hold U+2028 and the like
         lines = enumerate(text.split("\n"), 1)
         texts = [_document(line, path, n) for n, line in lines if line.strip()]
@@ -125,7 +136,7 @@ def sample_windows(
 
     Raises DataError where the text gives not one window; warns where it gives fewer than asked.
     """
-    windows, _ = _draw(tokenizer, texts, _order(texts, sampling), sampling, length)
+    windows, _ = _draw(tokenizer, texts, seeded_order(texts, sampling), sampling, length)
     if len(windows) < sampling.samples:
         warnings.warn(
             f"the text gives {len(windows)} windows of {length} tokens, {sampling.samples} were asked for",
@@ -141,7 +152,7 @@ def held_out_windows(
 
     Warns, and takes what there is, where calibration leaves no text over.
     """
-    order = _order(texts, sampling)
+    order = seeded_order(texts, sampling)
     _, used = _draw(tokenizer, texts, order, sampling, length)
     other = replace(sampling, samples=n)
     if used < len(order):
@@ -158,7 +169,8 @@ def held_out_windows(
     return windows
 
 
-def _order(texts: Sequence[str], sampling: Sampling) -> list[int]:
+def seeded_order(texts: Sequence[Any], sampling: Sampling) -> list[int]:
+    """In which documents are drawn."""
     return random.Random(sampling.seed).sample(range(len(texts)), len(texts))
 
 
@@ -201,12 +213,6 @@ def all_windows(tokenizer: Any, texts: Sequence[str], length: int) -> Int[Tensor
     return torch.tensor(ids[: n * length]).view(n, length)
 
 
-def batches(windows: Int[Tensor, "N S"], size: int) -> list[Int[Tensor, "B S"]]:
+def batches(windows: Int[Tensor, "N S"], size: int) -> list[Batch]:
     """The windows in order, `size` at a time."""
     return list(windows.split(size))
-
-
-def tokens_digest(windows: Int[Tensor, "N S"]) -> str:
-    """sha256 of the token ids and their shape, 16 hex digits."""
-    head = str(tuple(windows.shape)).encode()
-    return hashlib.sha256(head + windows.long().numpy().tobytes()).hexdigest()[:16]

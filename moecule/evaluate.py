@@ -17,14 +17,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from moecule.data import (
-    Sampling,
-    all_windows,
-    check_tokens,
-    held_out_windows,
-    read_texts,
-    window_length,
-)
+from moecule.batch import Batch, n_predicted, n_tokens, shape_of, text_tokens
+from moecule.data import Sampling
 from moecule.errors import CheckpointError, DataError, PlanError
 from moecule.hf import Streamed
 from moecule.inventory import weigh
@@ -34,7 +28,6 @@ from moecule.online import experts_run
 from moecule.plan import Plan
 from moecule.result import Result, mean_loss
 from moecule.session import (
-    ASSETS,
     Compute,
     Progress,
     fits,
@@ -43,14 +36,12 @@ from moecule.session import (
     silent,
     stream_any,
     ticker,
-    tokenizer_of,
     trail_of,
 )
+from moecule.text import evaluation_batches
 from moecule.walk import finish, walk
 
 MOST_NATS = 700.0  # exp() of more is no float, and no model that computes is so bad
-BATCH = 8  # windows that pass together
-HELD_OUT = 32  # windows, where no text to evaluate on was given
 
 
 def evaluate(
@@ -77,14 +68,15 @@ def evaluate(
     original = None if against is None else stream_any(against, compute)
     _check_vocabularies(streamed, original, against)
     path, config = streamed.checkpoint.path, streamed.model.config
-    windows = evaluation_windows(config, path, text, length, data, sampling or Sampling())
+    given = evaluation_batches(config, path, text, length, data, sampling or Sampling())
     start = time.perf_counter()
-    by_file = _losses(streamed, original, windows, compute, progress)
+    by_file = _losses(streamed, original, given, compute, progress)
     seconds = {"evaluate": round(time.perf_counter() - start, 2)}
-    prompt = next(iter(windows.values()))[:1]
+    prompt = text_tokens(next(iter(given.values()))[0])
+    longest = max(shape_of(of)[1] for of in given.values())
     names = (str(model), None if against is None else str(against))
     rates = _speed(model, streamed, prompt, compute, skip=skip)
-    after = _result(streamed, by_file, prompt, names, rates, seconds)
+    after = _result(streamed, by_file, longest, names, rates, seconds)
     if against is None or original is None:
         return None, after
     theirs = {
@@ -92,23 +84,23 @@ def evaluate(
         for name, r in by_file.items()
     }
     rates = _speed(against, original, prompt, compute)
-    return _result(original, theirs, prompt, (str(against), None), rates, {}), after
+    return _result(original, theirs, longest, (str(against), None), rates, {}), after
 
 
 def _losses(
     streamed: Streamed,
     original: Streamed | None,
-    windows: Mapping[str, Int[Tensor, "N S"]],
+    given: Mapping[str, list[Batch]],
     compute: Compute,
     progress: Progress,
 ) -> dict[str, Loss]:
     """By file. One decoder layer is in memory at a time, of one model after the other."""
     models = [m for m in (streamed, original) if m is not None]
-    batches = [(name, part) for name, of in windows.items() for part in of.split(BATCH)]
+    batches = [(name, batch) for name, of in given.items() for batch in of]
     mine = compute.ranks.mine(batches)
     tick = ticker(progress, "evaluate", sum(len(m.layers) for m in models))
-    tokens = sum(of.numel() for of in windows.values())
-    sums = {name: torch.zeros(4, dtype=torch.float64) for name in windows}
+    tokens = sum(map(n_tokens, given.values()))
+    sums = {name: torch.zeros(4, dtype=torch.float64) for name in given}
     with tempfile.TemporaryDirectory() as scratch:
         last = []
         for i, m in enumerate(models):
@@ -124,10 +116,10 @@ def _losses(
     return {
         name: loss_of(
             compute.ranks.add_up(sums[name]),
-            of.shape[0] * (of.shape[1] - 1),
+            n_predicted(of),
             against=original is not None,
         )
-        for name, of in windows.items()
+        for name, of in given.items()
     }
 
 
@@ -161,38 +153,10 @@ def _check_vocabularies(model: Streamed, original: Streamed | None, against: Any
         )
 
 
-def evaluation_windows(
-    config: Any,
-    path: Path,
-    text: Sequence[str | Path],
-    length: int,
-    data: str | Path | None,
-    sampling: Sampling,
-) -> dict[str, Int[Tensor, "N S"]]:
-    """What `evaluate` measures on, by the file's name: `config` and `path` are of the model.
-
-    Raises DataError for text that cannot be read or gives not one window.
-    """
-    tokenizer = tokenizer_of(path)
-    size = window_length(config, length or sampling.length)
-    if data is not None and not text:
-        held = held_out_windows(tokenizer, read_texts(data), sampling, size, HELD_OUT)
-        windows = {f"held out of {Path(data).name}": held}
-    else:
-        files = text or sorted((ASSETS / "text" / "eval").glob("*.txt"))
-        names = [Path(t).name for t in files]
-        unique = names if len(set(names)) == len(names) else [str(t) for t in files]
-        texts = zip(unique, files, strict=True)
-        windows = {name: all_windows(tokenizer, read_texts(t), size) for name, t in texts}
-    for found in windows.values():
-        check_tokens(found, config)
-    return windows
-
-
 def _result(
     streamed: Streamed,
     by_file: Mapping[str, Loss],
-    prompt: Int[Tensor, "one S"],
+    window: int,
     names: tuple[str, str | None],
     rates: tuple[float | None, float | None],
     seconds: Mapping[str, float],
@@ -211,7 +175,7 @@ def _result(
         top1_agreement=means["top1_agreement"],
         original_loss_nats=means["original_loss_nats"],
         by_file=by_file,
-        window=prompt.shape[1],
+        window=window,
         memory_bytes=memory_bytes(streamed),
         experts_run=experts_run(streamed.model),
         prefill_tokens_per_s=rates[0],

@@ -33,6 +33,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as hf_logging
 
+from moecule.batch import Batch
 from moecule.checkpoint import Checkpoint
 from moecule.decode import QUANTISED
 from moecule.errors import CheckpointError
@@ -40,7 +41,7 @@ from moecule.family import Family, load_family
 from moecule.moe import Moe, experts_in, find_layers, find_moe, try_router
 from moecule.names import names_in_memory
 from moecule.ranks import SOLO, Ranks
-from moecule.record import Batch, logits
+from moecule.record import logits
 
 PACKED = "moecule"  # the model_type of what this package writes
 # the whole of a multimodal model before its text part alone

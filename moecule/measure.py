@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 
+from moecule.batch import IGNORED, Batch, labels_of, rows_of
 from moecule.errors import DataError
 from moecule.hf import Streamed
 
@@ -50,31 +51,38 @@ def _logits(model: Any, tokens: Int[Tensor, "B S"]) -> Float[Tensor, "B S V"]:
 
 
 def _token_losses(
-    logits: Float[Tensor, "B S V"], tokens: Int[Tensor, "B S"]
+    logits: Float[Tensor, "B S V"], labels: Int[Tensor, "B S"]
 ) -> Float[Tensor, "B S1"]:
-    target = tokens[:, 1:].to(logits.device)
-    return nn.functional.cross_entropy(logits[:, :-1].mT, target, reduction="none")
+    """Zero where nothing is to be predicted."""
+    target = labels[:, 1:].to(logits.device)
+    return nn.functional.cross_entropy(
+        logits[:, :-1].mT, target, reduction="none", ignore_index=IGNORED
+    )
 
 
 @torch.no_grad()
 def batch_sums(
     streamed: Streamed,
     hidden: Float[Tensor, "B S *H"],
-    tokens: Int[Tensor, "B S"],
+    batch: Batch,
     original: tuple[Streamed, Float[Tensor, "B S *H"]] | None = None,
 ) -> Float64[Tensor, " four"]:
     """Of a batch, from what the last layers gave: loss, the original's, KL, tokens alike; summed."""
     sums = torch.zeros(4, dtype=torch.float64)
-    for row in range(len(tokens)):  # the logits of a whole batch may not fit
-        one = tokens[row : row + 1]
-        logits = streamed.logits(hidden[row : row + 1], one)
-        sums[0] += _token_losses(logits, one).double().sum().cpu()
+    rows = rows_of(batch)  # the logits of a whole batch may not fit
+    size = len(hidden) // len(rows)
+    for at, one in enumerate(rows):
+        here = slice(at * size, (at + 1) * size)
+        logits, labels = streamed.logits(hidden[here], one), labels_of(one)
+        sums[0] += _token_losses(logits, labels).double().sum().cpu()
         if original is not None:
-            theirs = original[0].logits(original[1][row : row + 1], one)
-            sums[1] += _token_losses(theirs, one).double().sum().cpu()
+            theirs = original[0].logits(original[1][here], one)
+            sums[1] += _token_losses(theirs, labels).double().sum().cpu()
+            some = (labels[:, 1:] != IGNORED).to(logits.device)
             p, q = theirs[:, :-1].log_softmax(-1), logits[:, :-1].log_softmax(-1)
-            sums[2] += nn.functional.kl_div(q, p, log_target=True, reduction="sum").double().cpu()
-            sums[3] += (p.argmax(-1) == q.argmax(-1)).double().sum().cpu()
+            kl = nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+            sums[2] += kl[some].double().sum().cpu()
+            sums[3] += (p.argmax(-1) == q.argmax(-1))[some].double().sum().cpu()
     return sums
 
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from moecule.batch import Batch
 from moecule.errors import CheckpointError
 from moecule.moe import find_layers
 
-Batch = Int[Tensor, "_B _S"] | Mapping[str, Tensor]  # token ids, or all that the model takes
 Take = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
 
 
@@ -190,12 +190,11 @@ def logits(
 
 
 def inputs_of(batch: Batch, model: Any) -> dict[str, Tensor]:
-    """Keyword arguments of the model's forward, on its device."""
+    """Keyword arguments of the model's forward, on its device and in its dtype."""
     given = {"input_ids": batch} if isinstance(batch, Tensor) else batch
-    device = model.get_input_embeddings().weight.device
-    return {name: t.to(device) for name, t in given.items()}
-
-
-def tokens_of(batch: Batch) -> Int[Tensor, "B S"]:
-    """The token ids of a batch."""
-    return batch if isinstance(batch, Tensor) else batch["input_ids"]
+    weight = model.get_input_embeddings().weight
+    return {
+        name: t.to(device=weight.device, dtype=weight.dtype if t.is_floating_point() else t.dtype)
+        for name, t in given.items()
+        if name != "labels"
+    }

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, GenerationConfig
 
 from moecule import online
 from moecule.budget import format_size
@@ -35,6 +35,7 @@ from moecule.states import Place, choose_place, free_host_bytes
 Progress = Callable[[str, int, int], None]  # (what is done, steps done, of how many)
 ASSETS = Path(__file__).parent / "assets"
 DISK_SHARE = 0.8  # of what is free, for hidden states
+PROCESSORS = ("processor_config.json", "preprocessor_config.json")  # either marks one
 EMBEDDED = "embedded"  # names the small model that comes with the package
 
 
@@ -250,6 +251,23 @@ def tokenizer_of(path: Path) -> Any:
     if len(found) < 16:  # without its files transformers makes an empty one
         raise CheckpointError(f"{path} has no tokenizer; fetch its files, such as tokenizer.json")
     return found
+
+
+def reader_of(path: Path) -> Any:
+    """What makes input of a conversation: the processor beside a model, or else its tokenizer.
+
+    Raises CheckpointError where it does not load.
+    """
+    if not any((path / name).is_file() for name in PROCESSORS):
+        return tokenizer_of(path)
+    try:
+        with quiet():
+            return AutoProcessor.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as e:
+        raise CheckpointError(
+            f"{path} has no processor that loads: {_first_line(e)}; fetch it again, or install what "
+            "it lacks"
+        ) from e
 
 
 def _first_line(e: Exception) -> str:

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from moecule.apply import Applied, apply_plan
+from moecule.batch import Batch, digest, n_tokens, shape_of
 from moecule.budget import Inventory, within
 from moecule.calibrate import collect
-from moecule.data import (
-    Sampling,
-    batches,
-    check_tokens,
-    read_texts,
-    sample_windows,
-    tokens_digest,
-    window_length,
-)
+from moecule.data import Sampling
 from moecule.errors import CheckpointError, DataError, OutputError, PlanError, RecipeError
 from moecule.files import write_text
 from moecule.folder import remains, write_config
@@ -36,34 +28,21 @@ from moecule.plan import Keep, Plan, Skip
 from moecule.recipe import Ask as Ask  # the request is part of what the verbs take
 from moecule.recipe import Recipe, load_recipe, part_of
 from moecule.session import (
-    ASSETS,
     Compute,
     Progress,
     open_checkpoint,
     silent,
     stream,
     ticker,
-    tokenizer_of,
     trail_of,
 )
 from moecule.stats import COUNT, load_stats, save_layer, save_meta, stats_digest
-from moecule.verify import keep_probe, probe_tokens, verify
+from moecule.text import calibration_batches
+from moecule.verify import keep_probe, probe_of, verify
 from moecule.writer import Writer, check_out, move_into
 
 AUTO = Compute()
 DEFAULT_SAMPLING = Sampling()
-
-
-def calibration_windows(
-    streamed: Streamed, data: str | Path | None, sampling: Sampling
-) -> Int[Tensor, "N S"]:
-    """Of the user's text, or of the text that comes with the package."""
-    length = window_length(streamed.model.config, sampling.length)
-    texts = read_texts(data or ASSETS / "text" / "calibration.jsonl")
-    tokenizer = tokenizer_of(streamed.checkpoint.path)
-    windows = sample_windows(tokenizer, texts, sampling, length)
-    check_tokens(windows, streamed.model.config)
-    return windows
 
 
 def calibrate(
@@ -85,9 +64,9 @@ def calibrate(
     if not done and ranks.is_first:
         check_out(out, placed(out))
     streamed = stream(model, compute)
-    windows = calibration_windows(streamed, data, chosen.data)
+    batches = calibration_batches(streamed, data, chosen.data)
     needs = chosen.counted()
-    inputs = _inputs(streamed, windows, chosen.data) | {"statistics": sorted(s.name for s in needs)}
+    inputs = _inputs(streamed, batches, chosen.data) | {"statistics": sorted(s.name for s in needs)}
     if done:
         meta = _read_stats(out)[1]
         differing = [k for k, v in inputs.items() if meta.get(k) != v]
@@ -100,7 +79,7 @@ def calibrate(
         )
     layers, backward = len(streamed.layers), any(s.backward for s in needs)
     tick = ticker(progress, "calibrate", layers * (2 if backward else 1))
-    mine = ranks.mine(batches(windows, chosen.data.batch))
+    mine = ranks.mine(batches)
     with journal_of(
         out, {"verb": "calibrate", "processes": ranks.size, **inputs}, ranks
     ) as journal:
@@ -108,7 +87,7 @@ def calibrate(
         if not journal.is_written:
             if ranks.is_first:  # what another request has put there is not ours
                 check_out(out, set())
-            trail = _trail(streamed, windows, compute, layers + 3 if backward else 3, journal)
+            trail = _trail(streamed, batches, compute, layers + 3 if backward else 3, journal)
             mend = "it is damaged, or needs a wider dtype (--dtype float32)"
             for layer, sums in collect(streamed, mine, needs, tick, trail):
                 _check_finite({layer: sums}, str(model), mend)
@@ -139,9 +118,9 @@ def _put_in_place(journal: Journal, out: Path) -> None:
     ranks.wait()
 
 
-def _inputs(streamed: Streamed, windows: Int[Tensor, "N S"], sampling: Sampling) -> dict[str, Any]:
+def _inputs(streamed: Streamed, batches: Sequence[Batch], sampling: Sampling) -> dict[str, Any]:
     """What the hidden states of a walk depend on."""
-    n = -(-len(windows) // sampling.batch)
+    n = len(batches)
     if n < streamed.ranks.size:
         raise DataError(
             f"{streamed.ranks.size} processes share {n} batches of {sampling.batch} windows; start "
@@ -149,18 +128,18 @@ def _inputs(streamed: Streamed, windows: Int[Tensor, "N S"], sampling: Sampling)
         )
     return {
         "digest": streamed.checkpoint.digest,
-        "tokens": tokens_digest(windows),
-        "window": [*windows.shape],
+        "tokens": digest(batches),
+        "window": shape_of(batches),
         "batch": sampling.batch,
         "dtype": str(streamed.model.dtype).removeprefix("torch."),
     }
 
 
 def _trail(
-    streamed: Streamed, windows: Int[Tensor, "N S"], compute: Compute, copies: int, journal: Journal
+    streamed: Streamed, batches: Sequence[Batch], compute: Compute, copies: int, journal: Journal
 ) -> Trail:
     """With the journal, where the disk has room for what a killed run goes on from."""
-    trail = trail_of(streamed, windows.numel(), compute, copies, journal.folder)
+    trail = trail_of(streamed, n_tokens(batches), compute, copies, journal.folder)
     if trail.folder is None:
         warnings.warn(
             "the disk has no room to keep hidden states: if this run is killed, the pass over the "
@@ -300,8 +279,8 @@ def apply(
         sweep(out, ranks, whole=False)
         check_out(out, remains(out, source) | placed(out))
     streamed = stream(model, compute)
-    windows = calibration_windows(streamed, data, sampling)
-    inputs = _inputs(streamed, windows, sampling)
+    batches = calibration_batches(streamed, data, sampling)
+    inputs = _inputs(streamed, batches, sampling)
     request = {"verb": "apply", "processes": ranks.size, "plan": chosen.code_digest, **inputs}
     tick = ticker(progress, "apply", len(streamed.layers))
     with journal_of(out, request, ranks) as journal:
@@ -309,16 +288,17 @@ def apply(
         if not journal.is_written:
             if ranks.is_first:  # what another request has put there is not ours
                 check_out(out, remains(out, source))
-            writer, mine = Writer(made), ranks.mine(batches(windows, sampling.batch))
-            trail = _trail(streamed, windows, compute, 3, journal)
+            writer, mine = Writer(made), ranks.mine(batches)
+            trail = _trail(streamed, batches, compute, 3, journal)
             # without a journal all layers are done anew, and so is what was kept of them
             probe = journal.folder / "probe"
-            keep = partial(keep_probe, probe=probe)
+            probed = probe_of(batches[0], streamed.family.takes)
+            keep = partial(keep_probe, probe=probe, n=probed["input_ids"].shape[1])
             done = apply_plan(streamed, chosen, encode, mine, writer, tick, trail, keep)
             if ranks.is_first:
                 writer.close()
                 write_config(made, streamed.checkpoint, streamed.family, chosen, done)
-                _verify(streamed, done, windows, made, probe)
+                _verify(streamed, done, probed, made, probe)
         if ranks.is_first:
             (out / "result.json").unlink(missing_ok=True)  # of what lay there before
         _put_in_place(journal, out)
@@ -326,13 +306,13 @@ def apply(
 
 
 def _verify(
-    streamed: Streamed, done: Applied, windows: Int[Tensor, "N S"], folder: Path, probe: Path
+    streamed: Streamed, done: Applied, probed: Mapping[str, Tensor], folder: Path, probe: Path
 ) -> None:
     """Compare what `folder` computes, opened afresh, with the walk."""
-    tokens = windows[:1, : probe_tokens(streamed.family.takes)]
+    n = probed["input_ids"].shape[1]
     assert done.last is not None  # the walk has come to its end
     with torch.no_grad():
-        logits = streamed.logits(done.last[0][:1, : tokens.shape[1]], tokens)
+        logits = streamed.logits(done.last[0][:1, :n], probed)
     if not torch.isfinite(logits).all():
         raise CheckpointError(
             f"{streamed.checkpoint.path}, compressed, gives NaN or Inf on this text; it is "
@@ -340,4 +320,4 @@ def _verify(
         )
     if streamed.device.type == "cuda":
         torch.cuda.empty_cache()  # the other process needs room on the same device
-    verify(folder, tokens, logits, probe, streamed.model.dtype, streamed.device)
+    verify(folder, probed, logits, probe, streamed.model.dtype, streamed.device)

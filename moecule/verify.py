@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from moecule.batch import Batch
 from moecule.checkpoint import Checkpoint
 from moecule.errors import VerifyError
 from moecule.files import save_whole
@@ -35,14 +36,17 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 MOST_OFF = {torch.float32: 0.01, torch.float16: 0.25, torch.bfloat16: 0.25}
 
 
-def probe_tokens(takes: str | None) -> int | None:
-    """How many tokens are compared; all where layers hand on what speaks of the whole sequence."""
-    return PROBE_TOKENS if takes is None else None
+def probe_of(batch: Batch, takes: str | None) -> dict[str, Tensor]:
+    """The part of a batch that is compared: a sequence's first tokens.
+
+    All of it where layers hand on what speaks of the whole sequence (`takes`), or pictures are in it.
+    """
+    n = PROBE_TOKENS if takes is None else None
+    return {"input_ids": batch[:1, :n]} if isinstance(batch, Tensor) else dict(batch)
 
 
-def keep_probe(step: Step, probe: Path) -> None:
-    """What the first tokens of the first sequence became in this layer, into the folder `probe`."""
-    n = probe_tokens(step.calls[0][step.index].takes)
+def keep_probe(step: Step, probe: Path, n: int) -> None:
+    """What the first `n` tokens of the first sequence became in this layer, into the folder `probe`."""
     given, handed = step.inputs.both(0)
     tensors = {"given": given[:1, :n], "made": step.outputs[0][:1, :n]}
     if handed is not None:
@@ -54,17 +58,19 @@ def keep_probe(step: Step, probe: Path) -> None:
 
 def verify(
     folder: Path,
-    tokens: Int[Tensor, "one S"],
+    batch: Mapping[str, Tensor],
     want: Float[Tensor, "one S V"],
     probe: Path,
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Open `folder` in a fresh process and compare with `probe` and the logits of `tokens`.
+    """Open `folder` in a fresh process and compare with `probe` and the logits of `batch`.
 
     Raises VerifyError where they differ by more than rounding explains, or the folder does not load.
     """
-    end = {"tokens": tokens.cpu(), "logits": want.float().cpu().contiguous()}
+    given = {name: t.cpu().contiguous() for name, t in batch.items()}
+    save_whole(given, probe / "batch.safetensors", sync=False)
+    end = {"logits": want.float().cpu().contiguous()}
     save_whole(end, probe / "end.safetensors", sync=False)
     name = str(dtype).removeprefix("torch.")
     command = [sys.executable, "-m", "moecule.verify", *map(str, (folder, probe, name, device))]
@@ -82,7 +88,7 @@ def verify(
 def _child(folder: Path, probe: Path, dtype: torch.dtype, device: torch.device) -> str:
     """ "same", or what differs."""
     compute = Compute(str(device), str(dtype).removeprefix("torch."))
-    end = load_file(probe / "end.safetensors")
+    batch, want = (load_file(probe / f"{name}.safetensors") for name in ("batch", "end"))
     streamed = stream_any(folder, compute)
     model = streamed.model
     layer_of: Callable[[int], nn.Module] = streamed.load_layer
@@ -92,16 +98,15 @@ def _child(folder: Path, probe: Path, dtype: torch.dtype, device: torch.device) 
         said = _misread(streamed.checkpoint, model)
         if said:
             return said
-    tokens = end["tokens"].to(device)
     with torch.no_grad():
-        _, calls = record(model, tokens, takes=streamed.family.takes)
+        _, calls = record(model, batch, takes=streamed.family.takes)
         for i, call in enumerate(calls):
             said = _layer(probe / f"layer_{i:04d}.safetensors", call, layer_of(i), device, dtype)
             if said:
                 return f"layer {i}: {said}"
         last = load_file(probe / f"layer_{len(calls) - 1:04d}.safetensors")["made"].to(device)
-        got = logits(model, last, tokens, streamed.family.takes).cpu()
-    share = _off(got, end["logits"], torch.zeros_like(got), dtype)
+        got = logits(model, last, batch, streamed.family.takes).cpu()
+    share = _off(got, want["logits"], torch.zeros_like(got), dtype)
     return "same" if share <= MOST_OFF[dtype] else f"logits of {share:.1%} of the tokens differ"
 
 

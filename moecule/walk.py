@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moecule.batch import IGNORED, Batch, labels_of, rows_of
 from moecule.hf import Streamed
 from moecule.journal import NO_TRAIL, Trail
-from moecule.record import Batch, Call, record, tokens_of
+from moecule.record import Call, record
 from moecule.states import States
 
 Tick = Callable[[], None]
@@ -196,18 +197,18 @@ def loss_gradient(
     streamed: Streamed, hidden: Float[Tensor, "B S *H"], batch: Batch
 ) -> Float[Tensor, "B S *H"]:
     """Of the summed next-token loss, by the last layer's output."""
-    tokens = tokens_of(batch)
-    if isinstance(batch, Tensor):  # the logits of a whole batch may not fit: row by row
-        rows = zip(hidden.split(1), batch.split(1), strict=True)
-        return torch.cat([_gradient(streamed, h, t, t) for h, t in rows])
-    return _gradient(streamed, hidden, batch, tokens)
+    rows = rows_of(batch)  # the logits of a whole batch may not fit: row by row
+    parts = zip(hidden.split(len(hidden) // len(rows)), rows, strict=True)
+    return torch.cat([_gradient(streamed, h, row) for h, row in parts])
 
 
-def _gradient(streamed: Streamed, hidden: Tensor, batch: Batch, tokens: Tensor) -> Tensor:
+def _gradient(streamed: Streamed, hidden: Tensor, batch: Batch) -> Tensor:
     with torch.enable_grad():
         x = hidden.detach().requires_grad_()
         logits = streamed.logits(x, batch)[:, :-1]
-        target = tokens[:, 1:].to(logits.device)
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum")
+        target = labels_of(batch)[:, 1:].to(logits.device)
+        loss = nn.functional.cross_entropy(
+            logits.flatten(0, 1), target.flatten(), reduction="sum", ignore_index=IGNORED
+        )
     (grad,) = torch.autograd.grad(loss, x)
     return grad

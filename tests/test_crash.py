@@ -38,6 +38,7 @@ from moecule.plan import Keep
 from moecule.recipe import Recipe, load_recipe
 from moecule.result import Result
 from moecule.session import Compute
+from moecule.text import calibration_batches
 from moecule.walk import walk
 
 compress = import_module("moecule.compress")
@@ -512,11 +513,11 @@ def test_a_write_that_fails_beside_the_computation_ends_the_run(here, monkeypatc
 def test_a_walk_that_is_given_up_leaves_what_it_has_done(here):
     wanted = whole(here, "calibrate")
     streamed = verbs.stream(here / "model", Compute())
-    windows = verbs.calibration_windows(streamed, here / "text.txt", FORWARD.data)
+    batches = calibration_batches(streamed, here / "text.txt", FORWARD.data)
     request = {"of": "another"}
     with journal_of(here / "out", request) as journal:
         trail = Trail("host", journal.folder / HIDDEN / "rank_0", journal)
-        up = walk(streamed, [windows], trail=trail)
+        up = walk(streamed, batches, trail=trail)
         next(up)
         next(up)
         up.close()

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 
 import moecule
-from moecule import online, verbs
+from moecule import online
 from moecule.apply import apply_plan
 from moecule.calibrate import collect
-from moecule.data import Sampling, all_windows, batches, read_texts
+from moecule.data import Sampling, all_windows, read_texts
 from moecule.folder import write_config
 from moecule.inventory import take_inventory, weigh
 from moecule.measure import device_name, window_losses
@@ -34,6 +34,7 @@ from moecule.methods import odp
 from moecule.recipe import Part
 from moecule.session import Compute, load, open_checkpoint, stream, tokenizer_of
 from moecule.stats import save_layer, save_meta
+from moecule.text import calibration_batches
 from moecule.writer import Writer
 
 # the widths that methods with a fixed set choose from: those around the mean
@@ -127,9 +128,9 @@ def measure(
 def write(args: argparse.Namespace, made: moecule.Plan, encode: Part, out: Path) -> None:
     """What `moecule apply` does, but for opening the folder afresh a hundred times over."""
     streamed = stream(args.model, COMPUTE)
-    windows = verbs.calibration_windows(streamed, args.data, Sampling())
+    batches = calibration_batches(streamed, args.data, Sampling())
     writer = Writer(out)
-    done = apply_plan(streamed, made, encode, batches(windows, args.batch), writer)
+    done = apply_plan(streamed, made, encode, batches, writer)
     writer.close()
     write_config(out, streamed.checkpoint, streamed.family, made, done)
 
@@ -178,8 +179,8 @@ def calibrated(args: argparse.Namespace, wanted: dict[str, Any], folder: Path) -
         recipes.append(moecule.load_recipe(recipe, {**changes, **wide}))
     needs = sorted({s for r in recipes for s in r.needs()}, key=lambda s: s.name)
     streamed = stream(args.model, COMPUTE)
-    windows = verbs.calibration_windows(streamed, args.data, Sampling())
-    sums = dict(collect(streamed, batches(windows, 8), needs))
+    batches = calibration_batches(streamed, args.data, Sampling())
+    sums = dict(collect(streamed, batches, needs))
     names = {s.name for s in needs}
     for layer in sums.values():
         for name in [n for n in layer if "_b12345_" in n]:
