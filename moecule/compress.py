@@ -23,6 +23,8 @@ from moecule.text import evaluation_batches
 from moecule.verbs import AUTO, NO_WISH, apply, calibrate, plan, read_plan
 from moecule.writer import check_out
 
+LOSSES = "losses"  # in the folder: what evaluating goes on from lies beside this name
+
 
 @dataclass(frozen=True)
 class Compressed:
@@ -92,11 +94,13 @@ def _compress(
         sampling=chosen.data,
         compute=compute,
         progress=progress,
+        beside=out / LOSSES,
     )
     assert before is not None  # `against` was given
     after = replace(after, seconds={**seconds, **after.seconds}, peak_memory_bytes=peak_memory())
     if ranks.is_first:
         write_text(out / "result.json", after.dumps())
+    sweep(out / LOSSES, ranks, whole=True)
     return Compressed(out, before, after)
 
 

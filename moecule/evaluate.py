@@ -10,6 +10,7 @@ import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from moecule.batch import Batch, n_predicted, n_tokens, shape_of, text_tokens
+from moecule.batch import Batch, digest, n_predicted, n_tokens, shape_of, text_tokens
 from moecule.data import Sampling
 from moecule.errors import CheckpointError, DataError, PlanError
 from moecule.hf import Streamed
 from moecule.inventory import weigh
-from moecule.journal import Trail
+from moecule.journal import Journal, Trail, journal_of
 from moecule.measure import Loss, batch_sums, device_name, loss_of, speed
 from moecule.online import experts_run
 from moecule.plan import Plan
@@ -33,6 +34,7 @@ from moecule.session import (
     fits,
     load,
     memory_bytes,
+    noting,
     silent,
     stream_any,
     ticker,
@@ -42,6 +44,8 @@ from moecule.text import evaluation_batches
 from moecule.walk import finish, walk
 
 MOST_NATS = 700.0  # exp() of more is no float, and no model that computes is so bad
+# in the journal: a batch, and `batch_sums` of each process; the walks of the model and the original
+SUMS, WALKS = "sums", ("", "original_")
 
 
 def evaluate(
@@ -55,14 +59,18 @@ def evaluate(
     skip: bool = False,
     compute: Compute | None = None,
     progress: Progress = silent,
+    beside: Path | None = None,
 ) -> tuple[Result | None, Result]:
     """(the original's result if `against` names it, the model's), over the same windows.
 
     `text`: files to evaluate on, each whole. Without any: windows of the calibration text `data`
     that calibration did not see, or without that the package's own evaluation text.
+    `beside`: what is done is noted beside this name, and a killed run goes on from there; who has
+    taken the result sweeps it. Not with `skip`: which pairs ran is not noted.
     Raises DataError for text that is too short, CheckpointError for an original of another
     vocabulary, and what opening the models raises.
     """
+    assert beside is None or not skip
     compute = compute or Compute()
     streamed = stream_any(model, compute, skip=skip)
     original = None if against is None else stream_any(against, compute)
@@ -70,7 +78,9 @@ def evaluate(
     path, config = streamed.checkpoint.path, streamed.model.config
     given = evaluation_batches(config, path, text, length, data, sampling or Sampling())
     start = time.perf_counter()
-    by_file = _losses(streamed, original, given, compute, progress)
+    asked = _request(streamed, original, given, compute)
+    with journal_of(beside, asked, compute.ranks) if beside else nullcontext() as journal:
+        by_file = _losses(streamed, original, given, compute, progress, journal)
     seconds = {"evaluate": round(time.perf_counter() - start, 2)}
     prompt = text_tokens(next(iter(given.values()))[0])
     longest = max(shape_of(of)[1] for of in given.values())
@@ -87,32 +97,68 @@ def evaluate(
     return _result(original, theirs, longest, (str(against), None), rates, {}), after
 
 
+def _request(
+    streamed: Streamed,
+    original: Streamed | None,
+    given: Mapping[str, list[Batch]],
+    compute: Compute,
+) -> dict[str, Any]:
+    """What the losses depend on."""
+    models = [m for m in (streamed, original) if m is not None]
+    return {
+        "verb": "evaluate",
+        "processes": compute.ranks.size,
+        "digests": [m.checkpoint.digest for m in models],
+        "plan": _plan_digest(streamed.checkpoint.path),
+        "dtypes": [str(m.model.dtype).removeprefix("torch.") for m in models],
+        "device": streamed.device.type,
+        "tokens": [[name, digest(of)] for name, of in given.items()],
+    }
+
+
 def _losses(
     streamed: Streamed,
     original: Streamed | None,
     given: Mapping[str, list[Batch]],
     compute: Compute,
     progress: Progress,
+    journal: Journal | None,
 ) -> dict[str, Loss]:
-    """By file. One decoder layer is in memory at a time, of one model after the other."""
+    """By file. One decoder layer is in memory at a time, of one model after the other.
+
+    What the journal has, layers of either model and sums of batches, is not done again.
+    """
     models = [m for m in (streamed, original) if m is not None]
     batches = [(name, batch) for name, of in given.items() for batch in of]
-    mine = compute.ranks.mine(batches)
+    ranks, mine = compute.ranks, compute.ranks.mine(batches)
     tick = ticker(progress, "evaluate", sum(len(m.layers) for m in models))
     tokens = sum(map(n_tokens, given.values()))
     sums = {name: torch.zeros(4, dtype=torch.float64) for name in given}
+    known = {} if journal is None else journal.done(SUMS)
+    left = [b for b in range(-(-len(batches) // ranks.size)) if b not in known]
     with tempfile.TemporaryDirectory() as scratch:
         last = []
-        for i, m in enumerate(models):
-            trail = trail_of(m, tokens, compute, 3 + len(models), Path(scratch))
-            folder = Path(scratch, str(i)) if trail.place == "disk" else None
-            up = walk(m, [part for _, part in mine], tick, Trail(trail.place, folder))
+        for i, m in enumerate(models if left else ()):
+            room = Path(scratch) if journal is None else journal.folder
+            trail = trail_of(m, tokens, compute, 3 + len(models), room)
+            if journal is not None:
+                trail = noting(trail, journal, WALKS[i])
+            else:
+                trail = Trail(trail.place, room / str(i) if trail.place == "disk" else None)
+            up = walk(m, [part for _, part in mine], tick, trail)
             last.append(finish(up).last)
-        for b, (name, part) in enumerate(mine):
-            against = None if original is None else (original, last[1][b])
-            sums[name] += batch_sums(streamed, last[0][b], part, against)
+        for b in left:
+            of_all = torch.zeros(ranks.size, 4, dtype=torch.float64)
+            if b < len(mine):  # others may have one more
+                against = None if original is None else (original, last[1][b])
+                of_all[ranks.rank] = batch_sums(streamed, last[0][b], mine[b][1], against)
+            known[b] = {SUMS: b, "of": ranks.add_up(of_all).tolist()}
+            if journal is not None:
+                journal.add(known[b])
         for states in last:
             states.drop()
+    for b, (name, _) in enumerate(mine):
+        sums[name] += torch.tensor(known[b]["of"][ranks.rank], dtype=torch.float64)
     return {
         name: loss_of(
             compute.ranks.add_up(sums[name]),

@@ -37,7 +37,10 @@ def side_files(source: Path) -> list[Path]:
 
 
 # what a killed compress leaves in its folder and takes away when it goes on
-_KILLED = ("stats.partial", "stats.lock", "plan.yaml.partial", "result.json.partial")
+_KILLED = (
+    *("stats.partial", "stats.lock", "losses.partial", "losses.lock"),
+    *("plan.yaml.partial", "result.json.partial"),
+)
 
 
 def remains(out: Path, source: Path) -> set[str]:

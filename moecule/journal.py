@@ -80,6 +80,7 @@ class Trail:
     folder: Path | None = None  # of hidden states
     journal: Journal | None = None  # with one, `folder` is inside it
     aside: torch.device | None = None  # where what a block hears goes; None: stays where it is
+    of: str = ""  # before the names of its steps, where several walks share a journal
 
     def states(self, name: str, device: torch.device) -> States:
         """Room for the hidden states of all batches."""
@@ -92,12 +93,12 @@ class Trail:
 
     def done(self, key: str) -> int:
         """How many steps of the kind an earlier run has done."""
-        return 0 if self.journal is None else len(self.journal.done(key))
+        return 0 if self.journal is None else len(self.journal.done(self.of + key))
 
     def note(self, entry: Mapping[str, Any]) -> None:
         """A step is done, and its files are on disk."""
         if self.journal is not None:
-            self.journal.add(entry)
+            self.journal.add({self.of + key: value for key, value in entry.items()})
 
 
 NO_TRAIL = Trail()

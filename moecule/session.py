@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from moecule.hf import (
     quiet,
     skeleton,
 )
-from moecule.journal import HIDDEN, Trail
+from moecule.journal import HIDDEN, Journal, Trail
 from moecule.names import names_in_memory
 from moecule.ranks import SOLO, Ranks
 from moecule.runtime import PackedConfig, prepare_model
@@ -170,6 +171,22 @@ def trail_of(streamed: Streamed, tokens: int, compute: Compute, copies: int, fol
             "make room, or calibrate on fewer or shorter windows (--samples, --length)"
         )
     return Trail(place, aside=aside)
+
+
+def noting(trail: Trail, journal: Journal, of: str = "") -> Trail:
+    """With the journal, where the disk has room for what a killed run goes on from; else a warning.
+
+    `of`: which of the walks that share the journal.
+    """
+    if trail.folder is None:
+        warnings.warn(
+            "the disk has no room to keep hidden states: if this run is killed, the pass over the "
+            "layers begins again",
+            stacklevel=3,
+        )
+        return trail
+    folder = journal.folder / HIDDEN / f"{of}{trail.folder.name}"
+    return replace(trail, folder=folder, journal=journal, of=of)
 
 
 def load(model: str | Path, compute: Compute, *, skip: bool = False) -> Any:

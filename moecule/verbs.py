@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from moecule.files import write_text
 from moecule.folder import remains, write_config
 from moecule.hf import Streamed
 from moecule.inventory import take_inventory
-from moecule.journal import HIDDEN, Journal, Trail, journal_of, placed, sweep
+from moecule.journal import Journal, Trail, journal_of, placed, sweep
 from moecule.method import load_method
 from moecule.plan import Keep, Plan, Skip
 from moecule.recipe import Ask as Ask  # the request is part of what the verbs take
@@ -30,6 +28,7 @@ from moecule.recipe import Recipe, load_recipe, part_of
 from moecule.session import (
     Compute,
     Progress,
+    noting,
     open_checkpoint,
     silent,
     stream,
@@ -138,16 +137,8 @@ def _inputs(streamed: Streamed, batches: Sequence[Batch], sampling: Sampling) ->
 def _trail(
     streamed: Streamed, batches: Sequence[Batch], compute: Compute, copies: int, journal: Journal
 ) -> Trail:
-    """With the journal, where the disk has room for what a killed run goes on from."""
     trail = trail_of(streamed, n_tokens(batches), compute, copies, journal.folder)
-    if trail.folder is None:
-        warnings.warn(
-            "the disk has no room to keep hidden states: if this run is killed, the pass over the "
-            "layers begins again",
-            stacklevel=2,
-        )
-        return trail
-    return replace(trail, folder=journal.folder / HIDDEN / trail.folder.name, journal=journal)
+    return noting(trail, journal)
 
 
 def _recipe(recipe: str | Recipe) -> Recipe:

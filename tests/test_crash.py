@@ -21,6 +21,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,7 +42,7 @@ from moecule.session import Compute
 from moecule.text import calibration_batches
 from moecule.walk import walk
 
-compress = import_module("moecule.compress")
+compress, evaluation = map(import_module, ("moecule.compress", "moecule.evaluate"))
 LAYERS, DIED = 3, 9
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.truncate")
@@ -88,13 +89,12 @@ def compress_here(here: Path) -> None:
 @pytest.fixture(scope="module")
 def results(place) -> tuple[Result, Result]:
     """What evaluate says of a model."""
-    evaluate = import_module("moecule.evaluate")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "speed", lambda *args: (1.0, 1.0))  # takes seconds
+        patch.setattr(evaluation, "speed", lambda *args: (1.0, 1.0))  # takes seconds
         patch.setattr(verbs, "verify", lambda *args: 0.0)
         apply(place)
         text = [place / "text.txt"]
-        before, after = evaluate.evaluate(place / "out", against=place / "model", text=text)
+        before, after = evaluation.evaluate(place / "out", against=place / "model", text=text)
     shutil.rmtree(place / "out")
     return before, after
 
@@ -228,6 +228,75 @@ def test_killed_at_any_change_on_disk_it_goes_on_to_the_same_bytes(
     here, monkeypatch, measured, verb
 ):
     die_everywhere(here, monkeypatch, verb, "")
+
+
+@pytest.fixture
+def timeless(monkeypatch) -> None:
+    """compress evaluates, and says nothing of speed, memory and time."""
+    monkeypatch.setattr(evaluation, "_speed", lambda *args, **how: (None, None))
+    monkeypatch.setattr(evaluation, "time", SimpleNamespace(perf_counter=lambda: 0.0))
+    monkeypatch.setattr(compress, "_since", lambda start: 0.0)
+    monkeypatch.setattr(compress, "peak_memory", dict)
+
+
+def test_killed_while_it_evaluates_compress_goes_on_there(here, monkeypatch, timeless):
+    work, result = VERBS["compress"], here / "out" / "result.json"
+    work(here)
+    wanted = content(here)
+    result.unlink()
+    status, changes = child(work, here, 0)
+    assert status == 0 and content(here) == wanted
+    noted = f"open {partial_of(here / 'out' / 'losses') / FILE}"
+    lines = [n for n, c in enumerate(changes, 1) if c == noted]
+    batches = len(lines) - 1 - 2 * LAYERS  # besides the request and both models' layers
+    assert batches > 2
+    loads, plain, summed = Loads(monkeypatch), evaluation.batch_sums, []
+    monkeypatch.setattr(evaluation, "batch_sums", lambda *a: summed.append(0) or plain(*a))
+    # what is left when all is noted: hidden states away, the result, the rest away
+    after = [n for n in range(lines[-1] + 1, len(changes) + 1) if "batch_" not in changes[n - 1]]
+    layers = (lines[i] for i in (0, 1, LAYERS, LAYERS + 2))  # each about to be noted
+    for n in [*layers, lines[2 * LAYERS + 1], lines[-1], *after[::3]]:
+        result.unlink(missing_ok=True)
+        assert child(work, here, n)[0] == DIED
+        done, loads.n = max(sum(line < n for line in lines) - 1, 0), 0
+        if result.is_file() and not (partial_of(here / "out" / "losses") / FILE).exists():
+            done = 0  # it had come to its end, and measures anew
+        summed.clear()
+        work(here)
+        assert content(here) == wanted, changes[n - 1]
+        assert loads.n == max(2 * LAYERS - done, 0)
+        assert len(summed) == batches - max(done - 2 * LAYERS, 0)
+
+
+@pytest.mark.parametrize("other", ["text", "dtype", "original", "model"])
+def test_the_losses_of_another_request_are_thrown_away(here, monkeypatch, timeless, other):
+    plan = moecule.read_plan(here / "plan.yaml")
+    apply(here)
+    apply(here, replace(plan, layers={**plan.layers, 1: (Keep(5, 64),) * 8}), here / "five")
+    (here / "other.txt").write_text(TEXT[::-1])
+    shutil.copytree(here / "model", here / "twice")
+    tensors = load_file(here / "twice" / "model.safetensors")
+    save_file({n: 2 * t for n, t in tensors.items()}, here / "twice" / "model.safetensors")
+
+    def evaluate(changed: str = "", **how: Any) -> Result:
+        model = here / ("five" if changed == "model" else "out")
+        against = here / ("twice" if changed == "original" else "model")
+        text = here / ("other.txt" if changed == "text" else "text.txt")
+        on = Compute(dtype="bfloat16" if changed == "dtype" else "float32")
+        return evaluation.evaluate(model, against=against, text=[text], compute=on, **how)[1]
+
+    plain, wanted = evaluate(), evaluate(other)
+    assert plain.by_file["text.txt"] != next(iter(wanted.by_file.values()))
+    stopped = Fails(monkeypatch, LAYERS + 1, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(beside=here / "losses")
+    assert steps_done(here / "losses") == LAYERS
+    kept = content(partial_of(here / "losses"))
+    assert evaluate() == plain  # without a name to write beside what is there stays
+    assert content(partial_of(here / "losses")) == kept
+    stopped.n = -100
+    assert evaluate(other, beside=here / "losses") == wanted
+    assert stopped.n == -100 + 2 * LAYERS
 
 
 def killed(here: Path, verb: str = "calibrate", lines: int = 3) -> dict[str, object]:
@@ -464,11 +533,13 @@ def test_a_folder_that_turns_read_only_is_one_line_and_the_run_goes_on(here, mon
     goes_on(here, verb, wanted, locked)
 
 
+def interrupt() -> None:
+    """Ctrl-C."""
+    raise KeyboardInterrupt
+
+
 @each
 def test_after_ctrl_c_the_same_command_goes_on(here, monkeypatch, verb):
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
     wanted = whole(here, verb)
     stopped = Fails(monkeypatch, 4 if verb == "down" else 1, interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -485,10 +556,7 @@ def test_after_ctrl_c_the_same_command_goes_on(here, monkeypatch, verb):
     ],
 )
 def test_ctrl_c_says_in_one_line_whether_the_command_goes_on(monkeypatch, args, said):
-    def interrupt(*args: object, **how: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(verbs, args[0], interrupt)
+    monkeypatch.setattr(verbs, args[0], lambda *args, **how: interrupt())
     assert run(*args) == (130, "", f"moecule: interrupted{said}\n")
 
 
