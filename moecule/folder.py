@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moecule import runtime
 from moecule.apply import Applied, is_stock
 from moecule.checkpoint import INDEX, Checkpoint
+from moecule.errors import CheckpointError
 from moecule.family import Family, text_part
 from moecule.files import write_text, writing
 from moecule.hf import auto_name
@@ -56,14 +58,35 @@ def remains(out: Path, source: Path) -> set[str]:
     return ours | {file.name for file in side_files(source)}
 
 
+def made_of(out: Path, plan: Plan) -> Any:
+    """What `apply` noted that the checkpoint in `out` was made of, with this very plan.
+
+    None where there is none, it does not open, or the plan beside it is another.
+    """
+    said, config = out / "plan.yaml", out / "config.json"
+    if not (said.is_file() and config.is_file()) or said.read_bytes() != plan.dumps().encode():
+        return None
+    try:
+        return Checkpoint.open(out.absolute()).config.get("moecule", {}).get("made_of")
+    except CheckpointError:  # it is not whole
+        return None
+
+
 def write_config(
-    folder: Path, source: Checkpoint, family: Family, plan: Plan, done: Applied
+    folder: Path,
+    source: Checkpoint,
+    family: Family,
+    plan: Plan,
+    done: Applied,
+    made_of: Mapping[str, Any] | None = None,
 ) -> None:
     """config.json and all that is neither weights nor stats, into `folder`.
 
+    `made_of`: for config.json to say, so that the same request is known again.
     Raises OutputError where a file cannot be written.
     """
     config: dict[str, Any] = copy.deepcopy(dict(source.config))
+    config.pop("moecule", None)  # of how the source was made
     if is_stock(plan):
         config.pop("auto_map", None)  # names code that is not copied, and not needed
         kept = sum(isinstance(f, Keep) for f in next(iter(plan.layers.values())))
@@ -73,6 +96,8 @@ def write_config(
     else:
         config |= _packed_config(source, plan, done)
         write_text(folder / f"{REQUIRED}.py", REQUIRED_CODE)
+    if made_of is not None:
+        config["moecule"] = {**config.get("moecule", {}), "made_of": dict(made_of)}
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     for file in side_files(source.path):
         with writing(folder / file.name):

@@ -17,7 +17,7 @@ from moecule.calibrate import collect
 from moecule.data import Sampling
 from moecule.errors import CheckpointError, DataError, OutputError, PlanError, RecipeError
 from moecule.files import write_text
-from moecule.folder import remains, write_config
+from moecule.folder import made_of, remains, write_config
 from moecule.hf import Streamed
 from moecule.inventory import take_inventory
 from moecule.journal import Journal, Trail, journal_of, placed, sweep
@@ -259,6 +259,7 @@ def apply(
 ) -> Path:
     """Carry a plan out: a checkpoint in `out`, opened afresh and compared before it is put in place.
 
+    Does nothing where `out` holds just that already; goes on where a killed run of the same stopped.
     Raises PlanError where the plan does not fit the model, OutputError where `out` holds other
     things, VerifyError where the written checkpoint does not compute what it should.
     """
@@ -266,13 +267,20 @@ def apply(
     chosen = plan if isinstance(plan, Plan) else read_plan(plan)
     encode = part_of("plan, encode", chosen.encode, "encode")
     source = open_checkpoint(model).path
+    there = ranks.share(made_of(out, chosen) if ranks.is_first else None, 0)
     if ranks.is_first:
         sweep(out, ranks, whole=False)
-        check_out(out, remains(out, source) | placed(out))
+        if there is None:
+            check_out(out, remains(out, source) | placed(out))
     streamed = stream(model, compute)
     batches = calibration_batches(streamed, data, sampling)
-    inputs = _inputs(streamed, batches, sampling)
-    request = {"verb": "apply", "processes": ranks.size, "plan": chosen.code_digest, **inputs}
+    inputs = {"plan": chosen.code_digest, **_inputs(streamed, batches, sampling)}
+    if there == inputs:
+        sweep(out, ranks, whole=True)
+        return out
+    if ranks.is_first:
+        check_out(out, remains(out, source) | placed(out))
+    request = {"verb": "apply", "processes": ranks.size, **inputs}
     tick = ticker(progress, "apply", len(streamed.layers))
     with journal_of(out, request, ranks) as journal:
         made = journal.folder / MADE
@@ -288,7 +296,7 @@ def apply(
             done = apply_plan(streamed, chosen, encode, mine, writer, tick, trail, keep)
             if ranks.is_first:
                 writer.close()
-                write_config(made, streamed.checkpoint, streamed.family, chosen, done)
+                write_config(made, streamed.checkpoint, streamed.family, chosen, done, inputs)
                 _verify(streamed, done, probed, made, probe)
         if ranks.is_first:
             (out / "result.json").unlink(missing_ok=True)  # of what lay there before

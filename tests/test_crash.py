@@ -203,11 +203,7 @@ def die_everywhere(
         assert child(work, here, n)[0] == DIED, changes[n - 1]
         kept, loads.n = steps_done(out), 0
         whole = verb in LAST and (out / LAST[verb]).exists()
-        if verb == "apply" and whole and not (partial_of(out) / FILE).exists():
-            with pytest.raises(OutputError, match="already holds"):  # it had come to its end
-                work(here)
-        else:
-            work(here)
+        work(here)
         assert content(here) == wanted, changes[n - 1]
         assert verb == "compress" or loads.n == (0 if whole else STEPS[verb] - kept)
 
@@ -228,6 +224,67 @@ def test_killed_at_any_change_on_disk_it_goes_on_to_the_same_bytes(
     here, monkeypatch, measured, verb
 ):
     die_everywhere(here, monkeypatch, verb, "")
+
+
+def test_apply_does_nothing_where_its_output_is_there_and_refuses_all_else(here, monkeypatch):
+    apply(here)
+    wanted, loads, plan = content(here), Loads(monkeypatch), moecule.read_plan(here / "plan.yaml")
+    apply(here)
+    assert content(here) == wanted and loads.n == 0
+    (here / "other.txt").write_text(TEXT[::-1])
+    shutil.copytree(here / "model", here / "twin")
+    config = json.loads((here / "twin" / "config.json").read_text())
+    (here / "twin" / "config.json").write_text(json.dumps(config | {"other": 1}))
+    digest, data = Checkpoint.open(here / "twin").digest, FORWARD.data
+    others: dict[str, Callable[[], object]] = {
+        "text": lambda: applied(here, data=here / "other.txt"),
+        "windows": lambda: applied(here, sampling=replace(data, samples=3)),
+        "batch": lambda: applied(here, sampling=replace(data, batch=1)),
+        "dtype": lambda: applied(here, compute=Compute(dtype="bfloat16")),
+        "plan": lambda: applied(here, plan=replace(plan, encode={"method": "gptq"})),
+        "model": lambda: applied(here, here / "twin", replace(plan, digest=digest)),
+    }
+    before = content(here)
+    for name, other in others.items():
+        with pytest.raises(OutputError, match="already holds .*; name another folder"):
+            other()
+        assert content(here) == before, name
+
+
+def applied(here: Path, model: Path | None = None, plan: Any = None, **how: Any) -> Path:
+    """apply into the same folder, with something changed."""
+    given = {"data": here / "text.txt", "sampling": FORWARD.data, **how}
+    return verbs.apply(model or here / "model", plan or here / "plan.yaml", here / "out", **given)
+
+
+@pytest.mark.parametrize("hurt", ["config.json", "plan.yaml", "model.safetensors"])
+def test_apply_refuses_its_output_where_that_is_not_whole(here, hurt):
+    apply(here)
+    file = here / "out" / hurt
+    for wrong in (file.read_bytes()[:-2], None):
+        file.write_bytes(wrong) if wrong is not None else file.unlink()
+        before = content(here)
+        with pytest.raises(OutputError, match="already holds .*; name another folder"):
+            apply(here)
+        assert content(here) == before
+
+
+def test_what_has_been_checked_is_not_checked_again(here, monkeypatch):
+    seen: list[int] = []
+    monkeypatch.setattr(verbs, "verify", lambda *args: seen.append(0))
+    status, changes = child(apply, here, 0)
+    assert status == 0
+    wanted = content(here)
+    journal = f"open {partial_of(here / 'out') / FILE}"
+    last = [n for n, c in enumerate(changes, 1) if c == journal][
+        -1
+    ]  # of what there is to put in place
+    for dies_at, again in ((last, 1), (last + 1, 0)):
+        shutil.rmtree(here / "out")
+        assert child(apply, here, dies_at)[0] == DIED
+        seen.clear()
+        apply(here)
+        assert content(here) == wanted and len(seen) == again
 
 
 @pytest.fixture
@@ -255,7 +312,14 @@ def test_killed_while_it_evaluates_compress_goes_on_there(here, monkeypatch, tim
     # what is left when all is noted: hidden states away, the result, the rest away
     after = [n for n in range(lines[-1] + 1, len(changes) + 1) if "batch_" not in changes[n - 1]]
     layers = (lines[i] for i in (0, 1, LAYERS, LAYERS + 2))  # each about to be noted
-    for n in [*layers, lines[2 * LAYERS + 1], lines[-1], *after[::3]]:
+    for n in [
+        *layers,
+        lines[2 * LAYERS + 1],
+        lines[-1],
+        after[0],
+        after[len(after) // 2],
+        after[-1],
+    ]:
         result.unlink(missing_ok=True)
         assert child(work, here, n)[0] == DIED
         done, loads.n = max(sum(line < n for line in lines) - 1, 0), 0
