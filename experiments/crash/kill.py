@@ -6,7 +6,10 @@ One run is left alone: it notes when each line of a journal appears, and is what
 compared with. Every other run is killed, with all that it started, when it has used as many seconds
 of CPU as a lot drawn evenly from those of the first says; then the same command is run to its end.
 All times are seconds of CPU of all processes of a run, so that what else the machine does counts
-little; seconds of the clock stand beside.
+little; seconds of the clock stand beside. With --within only moments in that stage are drawn.
+
+The start is what comes before the stage's first step can be done: Python, headers, text to windows.
+Where the check of what was written was under way that is also the start of its fresh process.
 """
 
 from __future__ import annotations
@@ -32,6 +35,9 @@ import torch
 import moecule
 
 POLL_S = 0.01
+NOTED = ("request", "up", "down", "original_up", "sums", "done")
+LAYERS = (" up ", " down ", " original_up ")
+CHECK = ("apply: done written", "config.json")  # at its end, and soon after
 MEASURED = ("prefill_tokens_per_s", "decode_tokens_per_s", "peak_memory_bytes", "seconds")
 
 
@@ -50,7 +56,8 @@ class Kill:
 
     at_s: float  # of CPU
     during: str  # the step that was under way
-    left_s: float  # of CPU, of the run that was left alone, from what this one had used
+    left_s: float  # of CPU, of the run that was left alone, from where this one was
+    start_s: float  # of CPU, of a run that goes on there
     took_s: float  # of CPU, by the second run
     took_clock_s: float
     same: bool  # every byte of every file, times in result.json apart
@@ -100,11 +107,10 @@ class Watched:
         for verb, folder in (
             ("calibrate", self.out / ".stats.partial"),
             ("apply", _beside(self.out)),
+            ("evaluate", self.out / ".losses.partial"),
         ):
             for line in _lines(folder / "journal.jsonl"):
-                what = next(
-                    f"{k} {line[k]}" for k in ("request", "up", "down", "done") if k in line
-                )
+                what = next(f"{k} {line[k]}" for k in NOTED if k in line)
                 found.append(f"{verb}: {'start' if what.startswith('request') else what}")
         for name in ("plan.yaml", "config.json", "result.json"):
             found += [name] if (self.out / name).exists() else []
@@ -171,10 +177,10 @@ def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     total, wanted = whole.seconds(), content(whole.out)
     limits = _limits(whole.steps, whole.cpu_s())
     lot = random.Random(args.seed)
-    moments = [lot.uniform(0, whole.cpu_s()) for _ in range(args.kills)]
+    moments = [lot.uniform(*_span(whole, args.within)) for _ in range(args.kills)]
 
     def one(n: int) -> Kill:
-        kill = killed(work / f"kill_{n}", extra, moments[n], whole, wanted)
+        kill = killed(work / f"kill_{n}", extra, moments[n], whole, wanted, limits)
         print(_row(n, kill, limits), flush=True)
         return kill
 
@@ -199,6 +205,7 @@ def killed(
     moment: float,
     whole: Watched,
     wanted: dict[str, bytes],
+    limits: dict[str, float],
 ) -> Kill:
     """Kill a run at the moment, run again to the end, and compare with what is wanted."""
     folder.mkdir()
@@ -206,37 +213,78 @@ def killed(
     used = first.cpu_s() if first.wait(until_s=moment) is None else whole.cpu_s()
     if first.process.returncode is None:
         first.kill()
-    left, during = max(0.0, whole.cpu_s() - used), _during(whole.steps, first.steps)
+    left, during = _left(whole, first.steps, used), _during(whole.steps, first.steps)
     second = Watched(folder, extra)
     if second.wait() != 0:
         raise SystemExit(f"killed at {moment:.2f} s: {(folder / 'log.txt').read_text()}")
     took, found = second.seconds(), content(second.out)
     clean = {p.name for p in folder.iterdir()} == {"out", "log.txt"}
     shutil.rmtree(folder)
-    return Kill(moment, during, left, second.cpu_s(), took, found == wanted, clean)
+    start = limits["start_s"]
+    if during.startswith("evaluate"):
+        start = limits["start_evaluate_s"]
+    elif during in CHECK:
+        start += limits["start_process_s"]
+    return Kill(moment, during, left, start, second.cpu_s(), took, found == wanted, clean)
+
+
+def _span(whole: Watched, stage: str) -> tuple[float, float]:
+    """From when to when the run was at the stage, in CPU seconds; "": all of it."""
+    if not stage:
+        return 0.0, whole.cpu_s()
+    inside = [s.cpu_s for s in whole.steps if s.name.startswith(stage)]
+    return min(inside), max(inside)
 
 
 def _limits(steps: list[Step], total: float) -> dict[str, float]:
-    """Of the run that was left alone: the longest layer, the start, the longest of layers and check."""
+    """Of the run that was left alone: the longest layer, and what comes before the first step."""
     at = {s.name: s.cpu_s for s in steps}
     spans = {s.name: s.cpu_s - e for s, e in zip(steps, [0.0, *at.values()], strict=False)}
-    layers = [t for name, t in spans.items() if " up " in name or " down " in name]
-    # before either verb's first layer: Python, headers, text to windows
-    start = at["calibrate: start"] + spans["apply: start"]
-    # the check in a fresh process, between the last layer and config.json
-    longest = max([*layers, at["config.json"] - max(at[n] for n in at if " up " in n)])
-    return {"layer_s": max(layers), "start_s": start, "step_s": longest}
+    layers = [t for name, t in spans.items() if any(kind in name for kind in LAYERS)]
+    return {
+        "layer_s": max(layers),
+        "start_s": at["calibrate: start"] + spans["apply: start"],
+        "start_evaluate_s": at["calibrate: start"] + spans["evaluate: start"],
+        "start_process_s": _process_s(),
+        "check_s": sum(spans.get(name, 0.0) for name in CHECK),
+        "longest_sum_s": max(t for name, t in spans.items() if " sums " in name),
+        "end_s": total - max(s.cpu_s for s in steps if " sums " in s.name),
+    }
+
+
+def _process_s() -> float:
+    """CPU seconds that the process of the check takes before it has opened anything."""
+    before = os.times()
+    subprocess.run([sys.executable, "-c", "import moecule.verify"], check=True)
+    after = os.times()
+    return sum(after[2:4]) - sum(before[2:4])
+
+
+def _left(whole: Watched, done: list[Step], used: float) -> float:
+    """CPU seconds of the whole run from where the killed one was, which had used so many.
+
+    By its steps: a second of one run is not a second of another where the machine is shared.
+    """
+    last, at = _last(whole.steps, done), {s.name: s.cpu_s for s in done}
+    ends = [0.0, *(s.cpu_s for s in whole.steps), whole.cpu_s()]
+    since = used - (at[whole.steps[last].name] if last >= 0 else 0.0)
+    return max(0.0, ends[-1] - min(ends[last + 1] + since, ends[last + 2]))
+
+
+def _last(whole: list[Step], done: list[Step]) -> int:
+    """Which step of the whole run was the killed one's last; -1 for none."""
+    seen = {s.name for s in done}
+    return max((i for i, s in enumerate(whole) if s.name in seen), default=-1)
 
 
 def _during(whole: list[Step], done: list[Step]) -> str:
     """The first step of the whole run that the killed one had not done."""
-    seen = {s.name for s in done}
-    last = max((i for i, s in enumerate(whole) if s.name in seen), default=-1)
+    last = _last(whole, done)
     return whole[last + 1].name if last + 1 < len(whole) else "the end"
 
 
 def _row(n: int, kill: Kill, limits: dict[str, float]) -> str:
-    most = kill.left_s + limits["layer_s"] + limits["start_s"]
+    most = kill.left_s + limits["layer_s"] + kill.start_s
     within = "yes" if kill.took_s <= most else "no"
     bytes_ = "DIFFER" if not kill.same else "same" if kill.clean else "same, and more beside"
     cells = (f"{n}", f"{kill.at_s:.1f}", kill.during, f"{kill.left_s:.1f}", f"{kill.took_s:.1f}")
@@ -259,6 +307,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--within", default="", choices=("", "calibrate", "apply", "evaluate"))
     parser.add_argument("--text", action="append", default=[])
     args = parser.parse_args()
     print(
@@ -269,12 +318,13 @@ def main() -> None:
         found = run(args, Path(work))
     kills = found["kills"]
     same = sum(k["same"] and k["clean"] for k in kills)
-    most = [k["left_s"] + found["layer_s"] + found["start_s"] for k in kills]
+    most = [k["left_s"] + found["layer_s"] + k["start_s"] for k in kills]
     within = sum(k["took_s"] <= m for k, m in zip(kills, most, strict=True))
     print(
         f"\nuninterrupted {found['total_s']:.1f} s ({found['total_clock_s']:.1f} by the clock), "
         f"longest layer {found['layer_s']:.1f} s, start "
-        f"{found['start_s']:.1f} s, longest step {found['step_s']:.1f} s; {same} of {len(kills)} with "
+        f"{found['start_s']:.1f} s, the check {found['check_s']:.1f} s, of which its process's start "
+        f"{found['start_process_s']:.1f} s; {same} of {len(kills)} with "
         f"the same bytes, {within} within left + layer + start"
     )
     args.out.write_text(json.dumps(found, indent=1) + "\n")
