@@ -6,6 +6,7 @@ rotary tables, final norms and scaled logits are the model's, whatever they are.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -160,6 +161,9 @@ def _shared(call: Call, like: Call, memo: dict[int, Any]) -> Call:
         return call
     args = tuple(_same(a, b, memo) for a, b in zip(call.args, like.args, strict=True))
     kwargs = {k: _same(v, like.kwargs[k], memo) for k, v in call.kwargs.items()}
+    shared = [*map(operator.is_, args, like.args), *(v is like.kwargs[k] for k, v in kwargs.items())]
+    if all(shared) and call.added is like.added:
+        return like  # one call of a layer for all batches
     return replace(call, args=args, kwargs=kwargs)
 
 

@@ -5,6 +5,7 @@ What is kept in a folder besides lets a killed run go on from there.
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,8 @@ from moecule.files import save_whole, writing
 
 Place = Literal["device", "host", "disk"]
 DEVICE_SHARE, HOST_SHARE = 0.25, 0.6  # of what is free, that hidden states may take
+# one thread for all: each keeps a stack and a heap of its own for as long as it lives
+_WRITER = ThreadPoolExecutor(1)
 
 
 @dataclass
@@ -39,7 +42,6 @@ class States(Sequence[Tensor]):
     folder: Path | None = None  # for "disk" there must be one
     _held: list[dict[str, Tensor] | None] = field(default_factory=list)
     _writes: list[Future[None]] = field(default_factory=list)
-    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
     def append(self, hidden: Float[Tensor, "B S *H"], handed: Tensor | None = None) -> None:
         """Take the next batch's."""
@@ -53,7 +55,7 @@ class States(Sequence[Tensor]):
             with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
             file = _file(self.folder, at)
-            self._writes.append(self._pool.submit(save_whole, held, file, sync=False))
+            self._writes.append(_WRITER.submit(save_whole, held, file, sync=False))
         if self.place == "disk":
             self._settle(most=2)  # what waits to be written is in memory
         kept = given if self.place == "device" else held
@@ -136,6 +138,13 @@ def choose_place(size_bytes: int, copies: int, device: torch.device) -> Place:
     if device.type == "cuda" and want <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
         return "device"
     return "host" if want <= HOST_SHARE * free_host_bytes() else "disk"
+
+
+def give_back() -> None:
+    """Let the system have freed host memory, which glibc keeps in pieces: more with every layer."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other allocators have no such thing
+    if trim is not None:
+        trim(0)
 
 
 def free_host_bytes() -> int:

@@ -18,7 +18,7 @@ from moecule.batch import IGNORED, Batch, labels_of, rows_of
 from moecule.hf import Streamed
 from moecule.journal import NO_TRAIL, Trail
 from moecule.record import Call, record
-from moecule.states import States
+from moecule.states import States, give_back
 
 Tick = Callable[[], None]
 Calls = list[list[Call]]  # how the model calls its layers, batch by batch
@@ -110,6 +110,7 @@ def walk(
         else:
             now.drop()
         now = step.outputs
+        give_back()
         tick()
     return Walked(now, calls, found)
 
@@ -190,6 +191,7 @@ def walk_back(
         inputs.drop()
         above.drop()
         above = below
+        give_back()
         tick()
 
 
