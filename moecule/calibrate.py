@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from moecule.batch import Batch
@@ -116,8 +116,9 @@ def expert_sums(
             for s, of in zip(wanted, functions, strict=True):
                 more = of(seen).double()
                 row[s.name] = row[s.name] + more if s.name in row else more
-        rows.append({name: t.cpu() for name, t in row.items()})
-    return {s.name: torch.stack([row[s.name] for row in rows]) for s in wanted}
+        rows.append(row)
+    # once a statistic: a GPU must not stand still after every expert
+    return {s.name: torch.stack([row[s.name] for row in rows]).cpu() for s in wanted}
 
 
 def _of(statistic: Statistic, expert: Expert) -> Callable[[Seen], Tensor]:
@@ -127,22 +128,33 @@ def _of(statistic: Statistic, expert: Expert) -> Callable[[Seen], Tensor]:
 
 @dataclass(frozen=True)
 class _Routing:
-    """One batch's, token by token."""
+    """One batch's, pair by pair, in runs of an expert each; on the device where experts run."""
 
-    prob: Float[Tensor, "T E"]
-    ratio: Float[Tensor, "T K"]
-    rank: Int[Tensor, "T K"]
-    total: Float[Tensor, " T"]
+    token: Sequence[Int[Tensor, " t"]]
+    coef: Sequence[Float[Tensor, " t"]]
+    prob: Sequence[Float[Tensor, " t"]]
+    ratio: Sequence[Float[Tensor, " t"]]
+    rank: Sequence[Int[Tensor, " t"]]
+    total: Sequence[Float[Tensor, " t"]]
 
     @staticmethod
-    def of(logits: Float[Tensor, "T E"], coef: Float[Tensor, "T K"], scores: str) -> _Routing:
+    def of(heard: Heard, b: int, pairs: Sequence[Tensor], scores: str, there: torch.device) -> _Routing:
+        """Of batch b; `pairs` are its (token, rank) pairs, numbered, expert by expert."""
+        coef, counts, at = heard.coef[b], [*map(len, pairs)], torch.cat(list(pairs))
+        token, expert = at // coef.shape[1], heard.idx[b].flatten()[at]
         order = coef.argsort(dim=-1, descending=True, stable=True)
         places = torch.arange(coef.shape[1], device=coef.device).expand_as(order)
+
+        def runs(by_pair: Shaped[Tensor, " pairs"]) -> Sequence[Tensor]:
+            return by_pair.to(there).split(counts)
+
         return _Routing(
-            prob=_probability(logits, scores),
-            ratio=coef / coef.amax(-1, keepdim=True),
-            rank=torch.empty_like(order).scatter_(-1, order, places),
-            total=coef.sum(-1),
+            token=token.split(counts),  # where what was heard lies
+            coef=runs(coef.flatten()[at]),
+            prob=runs(_probability(heard.logits[b], scores)[token, expert]),
+            ratio=runs((coef / coef.amax(-1, keepdim=True)).flatten()[at]),
+            rank=runs(torch.empty_like(order).scatter_(-1, order, places).flatten()[at]),
+            total=runs(coef.sum(-1)[token]),
         )
 
 
@@ -169,33 +181,36 @@ def seen_by(
     config = streamed.model.config.get_text_config()
     renormalised = streamed.family.is_renormalised(config)
     scores = streamed.family.scores_in(config)
-    routing = [_Routing.of(g, c, scores) for g, c in zip(heard.logits, heard.coef, strict=True)]
+    there, by_expert = streamed.device, heard.pairs(len(experts))
+    routing = [
+        _Routing.of(heard, b, pairs, scores, there)
+        for b, pairs in enumerate(zip(*by_expert, strict=True))
+    ]
 
-    def seen(e: int, b: int, pairs: Int[Tensor, " t"]) -> Seen:
-        expert, top_k = experts[e], heard.idx[b].shape[1]
-        t, k, r = pairs // top_k, pairs % top_k, routing[b]
-        x = heard.x[b][t].to(streamed.device)
+    def seen(e: int, b: int) -> Seen:
+        expert, r = experts[e], routing[b]
+        t = r.token[e]
+        x = heard.x[b][t].to(there)
         act = expert.act(x)
-        there = x.device
         return Seen(
             x=x,
-            coef=heard.coef[b][t, k].to(there),
-            prob=r.prob[t, e].to(there),
-            ratio=r.ratio[t, k].to(there),
-            rank=r.rank[t, k].to(there),
-            total=r.total[t].to(there),
+            coef=r.coef[e],
+            prob=r.prob[e],
+            ratio=r.ratio[e],
+            rank=r.rank[e],
+            total=r.total[e],
             act=act,
             out=expert.out(act),
             routed=heard.routed[b][t].to(there),
             grad=None if grads is None else grads[b][t].to(there),
-            top_k=top_k,
+            top_k=heard.idx[b].shape[1],
             renormalised=renormalised,
             expert=expert,
         )
 
     def of_expert(e: int, by_batch: Sequence[Tensor]) -> Iterator[Seen]:  # each of its own t
         filled = [b for b, pairs in enumerate(by_batch) if len(pairs)]
-        return (seen(e, b, by_batch[b]) for b in filled or [0])
+        return (seen(e, b) for b in filled or [0])
 
-    for e, by_batch in enumerate(heard.pairs(len(experts))):
+    for e, by_batch in enumerate(by_expert):
         yield of_expert(e, by_batch)

@@ -9,6 +9,7 @@ two levels +-scale/2 with scale = 2 * mean|w|.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int
@@ -42,6 +43,12 @@ WIDE = Clip(0.3, 1.0, 8, 2.0, refine=3)
 CLIPS = {"none": NONE, "narrow": NARROW, "wide": WIDE}
 
 
+@lru_cache(maxsize=64)
+def on_device(numbers: tuple[float, ...], device: torch.device) -> Float[Tensor, " n"]:
+    """A few numbers that are asked for again and again: each time they are sent, a GPU waits."""
+    return torch.tensor(numbers, device=device)
+
+
 def fit(
     w: Float[Tensor, "*E M N"], bits: int, group: int, clip: Clip = WIDE
 ) -> tuple[Float[Tensor, "*E M G"], Float[Tensor, "*E M G"]]:
@@ -71,8 +78,8 @@ def _fit_even(
     if w.is_cuda:
         from moecule.kernels.rounding import fit_groups
 
-        tops = torch.tensor([2.0**b - 1 for b in bits], device=w.device)
-        return fit_groups(w, tops, group, clip.multiples, clip.power, clip.refine)
+        tops = on_device(tuple(2.0**b - 1 for b in bits), w.device)
+        return fit_groups(w, tops, group, on_device(tuple(clip.multiples), w.device), clip.power, clip.refine)
     part = w.unflatten(-1, (-1, group))
     scale = torch.empty(part.shape[:-1], device=w.device)
     zero = torch.empty_like(scale)

@@ -206,8 +206,8 @@ def _moments(work: Work, out_bytes: int, chunk: int) -> dict[str, dict[tuple[str
     few = {("hidden states", "states"): 3 * work.states}
     # x; expert and rank of each pair, its coefficient and place in the order
     heard = work.tokens * (hidden * item + 20 * work.top_k)
-    # what the experts and the router gave, and the gradient; probabilities, ratios
-    said = work.tokens * ((1 + work.backward) * hidden * item + 8 * e.n + 16 * work.top_k)
+    # what the experts and the router gave, and the gradient; the token of each pair
+    said = work.tokens * ((1 + work.backward) * hidden * item + 4 * e.n + 8 * work.top_k)
     share = min(work.batch, FULL * work.batch * work.top_k // e.n + 1)
     largest = max(e.gate_up[0] * e.gate_up[1], e.down[0] * e.down[1])
     widths = round(work.trials)
@@ -227,6 +227,7 @@ def _moments(work: Work, out_bytes: int, chunk: int) -> dict[str, dict[tuple[str
         },
         "experts": {
             **layer, **ahead, **states, ("what the block heard", "heard"): heard + said,
+            ("what is counted of each pair", "device"): 24 * work.tokens * work.top_k,
             ("trials of one expert", "device"): trials + seen,
         },
         "loss": {

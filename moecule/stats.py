@@ -102,9 +102,9 @@ def histograms(
     if weight is None:  # whole numbers add up to the same in any order
         counts = torch.zeros(n * BINS, dtype=torch.int64, device=at.device)
         return counts.scatter_add_(0, at, torch.ones_like(at)).double().view(n, BINS)
-    # on the CPU the order of the sum is fixed; of nothing, bincount makes integers
-    sums = at.cpu().bincount(weight.double().cpu(), minlength=n * BINS).double()
-    return sums.view(n, BINS)
+    # adding up by index_put_ has a fixed order on a GPU too: it sorts there
+    sums = torch.zeros(n * BINS, dtype=torch.float64, device=at.device)
+    return sums.index_put_((at,), weight.double(), accumulate=True).view(n, BINS)
 
 
 def save_layer(sums: LayerStats, folder: Path, layer: int) -> None:

@@ -105,7 +105,7 @@ def fit_groups(
     w: Float[Tensor, "E M N"],
     tops: Float[Tensor, " E"],
     group: int,
-    multiples: list[float],
+    multiples: Float[Tensor, " tried"],
     power: float,
     refine: int,
 ) -> tuple[Float[Tensor, "E M G"], Float[Tensor, "E M G"]]:
@@ -120,11 +120,10 @@ def fit_groups(
     scale = torch.empty(e, m, groups, device=w.device)
     zero = torch.empty_like(scale)
     block = next(b for b in (16, 8, 4, 2, 1) if m % b == 0)
-    tried = torch.tensor(multiples, device=w.device)
     width = max(16, triton.next_power_of_2(group))
     with torch.cuda.device(w.device):
         _fit_kernel[(e * m // block, groups)](
-            w, tops, tried, scale, zero, e * m, m, w.stride(1), group, groups, power,
+            w, tops, multiples, scale, zero, e * m, m, w.stride(1), group, groups, power,
             n_multiples=len(multiples), n=group, width=width, block=block, refine=refine,
             squares=power == 2,
             enable_fp_fusion=False, num_warps=4,
