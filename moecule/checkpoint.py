@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -86,14 +87,37 @@ class Checkpoint:
         with ExitStack() as stack:
             files: dict[str, Any] = {}
             for name in names:  # one by one: not all codes need be in memory besides what they make
-                info = self.tensors[name]
-                if info.coded is None:
-                    out[name] = self._stored(name, files, stack)
-                else:
-                    parts = (info.coded.codes, info.coded.scale)
-                    found = {n: self._stored(n, files, stack) for n in parts}
-                    out[name] = decode(info, found, str(self.path))
+                found = {n: self._stored(n, files, stack) for n in self._parts(name)}
+                out[name] = self._decoded(name, found, None)
         return out
+
+    def read_parts(self, names: list[str]) -> dict[str, Tensor]:
+        """What makes the tensors `names`, by its own names, as it is on disk; for `decoded`.
+
+        Raises CheckpointError where one cannot be read.
+        """
+        with ExitStack() as stack:
+            files: dict[str, Any] = {}
+            return {n: self._stored(n, files, stack) for name in names for n in self._parts(name)}
+
+    def decoded(
+        self, names: list[str], parts: Mapping[str, Tensor], device: torch.device
+    ) -> dict[str, Tensor]:
+        """The tensors `names`: what is coded is sent to `device` and decoded there, all else left.
+
+        Raises CheckpointError where a scale is NaN or Inf.
+        """
+        return {name: self._decoded(name, parts, device) for name in names}
+
+    def _parts(self, name: str) -> tuple[str, ...]:
+        coded = self.tensors[name].coded
+        return (name,) if coded is None else (coded.codes, coded.scale)
+
+    def _decoded(
+        self, name: str, parts: Mapping[str, Tensor], device: torch.device | None
+    ) -> Tensor:
+        info = self.tensors[name]
+        return decode(info, parts, str(self.path), device) if info.coded else parts[name]
 
     def _stored(self, name: str, files: dict[str, Any], stack: ExitStack) -> Tensor:
         """A tensor as it is on disk; `files` are those open, which `stack` closes."""

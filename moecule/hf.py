@@ -106,13 +106,21 @@ class Streamed:
         _rebuild_buffers(self.model, layer, self.device)
         return layer
 
+    def _on_disk(self, names: Sequence[str]) -> list[str]:
+        return sorted({d for n in names for d in self.disk[n]})
+
     def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
-        tensors = self.checkpoint.read(sorted({d for n in names for d in self.disk[n]}))
+        """By their names on disk; for a GPU not decoded yet, for it does that faster."""
         # a mapped file is read when it is touched: touch it here, beside the computation
-        own = Tensor.pin_memory if self.device.type == "cuda" else Tensor.clone
-        return {n: t if t.is_cuda else own(t) for n, t in tensors.items()}
+        if self.device.type == "cuda":
+            parts = self.checkpoint.read_parts(self._on_disk(names))
+            return {n: t.pin_memory() for n, t in parts.items()}
+        tensors, known = self.checkpoint.read(self._on_disk(names)), self.checkpoint.tensors
+        return {n: t if known[n].coded else t.clone() for n, t in tensors.items()}
 
     def _put(self, tensors: dict[str, Tensor], names: Sequence[str]) -> None:
+        if self.device.type == "cuda":
+            tensors = self.checkpoint.decoded(self._on_disk(names), tensors, self.device)
         mapping = get_model_conversion_mapping(self.model)
         how = LoadStateDictConfig(
             device_map={"": self.device}, dtype=self.model.dtype, weight_mapping=mapping

@@ -20,7 +20,7 @@ import moecule
 from moecule import session
 from moecule.budget import bytes_by_part
 from moecule.checkpoint import Checkpoint
-from moecule.decode import decode_fp8, decode_mxfp4
+from moecule.decode import FP8, decode_fp8, decode_mxfp4
 from moecule.errors import CheckpointError
 from moecule.inventory import take_inventory, weigh
 from moecule.plan import Drop, Fate, Keep
@@ -444,3 +444,43 @@ def test_mxfp4_that_is_damaged_is_refused(name, made, tmp_path):
     with pytest.raises(CheckpointError, match=said) as e:
         tiny.stream(folder).load_layer(1)
     assert "\n" not in str(e.value)
+
+
+def plainly(codes: Tensor, scale: Tensor, rows: int, columns: int) -> Tensor:
+    """Code times scale for every number, by torch's own conversion."""
+    m, n = codes.shape[-2:]
+    by_row = scale.repeat_interleave(rows, -2)[..., :m, :]
+    return (codes.float() * by_row.repeat_interleave(columns, -1)[..., :n]).bfloat16()
+
+
+@pytest.mark.parametrize("dtype", FP8, ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 16, 80])
+@pytest.mark.parametrize("cached", [1, 40 * 7, 2**18])
+def test_every_fp8_code_is_decoded_in_pieces_of_any_size(dtype, rows, cached, monkeypatch):
+    monkeypatch.setattr("moecule.decode.CACHED", cached)
+    every = torch.arange(256, dtype=torch.uint8).repeat(2 * 80 * 40 // 256).view(dtype)
+    for codes in (
+        every.view(2, 80, 40),
+        every.view(2, 80, 40).float().nan_to_num(0, 0, 0).to(dtype),
+    ):
+        for columns in (7, 40):
+            scale = torch.rand(2, -(-80 // rows), -(-40 // columns))
+            want, made = (
+                plainly(codes, scale, rows, columns),
+                decode_fp8(codes, scale, rows, columns),
+            )
+            assert torch.equal(made.isnan(), want.isnan())
+            number = ~want.isnan()  # bit for bit: a zero has a sign
+            assert torch.equal(made[number].view(torch.int16), want[number].view(torch.int16))
+
+
+@every_case
+def test_parts_are_decoded_later_to_the_same(case, made):
+    folder, _, wanted = made(case)
+    checkpoint = Checkpoint.open(folder)
+    parts = checkpoint.read_parts(list(checkpoint.tensors))
+    assert {n: t.nbytes for n, t in parts.items()} == {
+        n: t.decoded_bytes for n, t in checkpoint.stored.items()
+    }
+    read = checkpoint.decoded(list(checkpoint.tensors), parts, torch.device("cpu"))
+    assert [n for n in wanted if not torch.equal(read[n], wanted[n])] == []
