@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from moecule.batch import Batch
@@ -130,15 +130,17 @@ def _of(statistic: Statistic, expert: Expert) -> Callable[[Seen], Tensor]:
 class _Routing:
     """One batch's, pair by pair, in runs of an expert each; on the device where experts run."""
 
-    token: Sequence[Int[Tensor, " t"]]
-    coef: Sequence[Float[Tensor, " t"]]
-    prob: Sequence[Float[Tensor, " t"]]
-    ratio: Sequence[Float[Tensor, " t"]]
-    rank: Sequence[Int[Tensor, " t"]]
-    total: Sequence[Float[Tensor, " t"]]
+    token: Sequence[Tensor]  # each of its own t, as in Seen
+    coef: Sequence[Tensor]
+    prob: Sequence[Tensor]
+    ratio: Sequence[Tensor]
+    rank: Sequence[Tensor]
+    total: Sequence[Tensor]
 
     @staticmethod
-    def of(heard: Heard, b: int, pairs: Sequence[Tensor], scores: str, there: torch.device) -> _Routing:
+    def of(
+        heard: Heard, b: int, pairs: Sequence[Tensor], scores: str, there: torch.device
+    ) -> _Routing:
         """Of batch b; `pairs` are its (token, rank) pairs, numbered, expert by expert."""
         coef, counts, at = heard.coef[b], [*map(len, pairs)], torch.cat(list(pairs))
         token, expert = at // coef.shape[1], heard.idx[b].flatten()[at]
@@ -146,7 +148,8 @@ class _Routing:
         places = torch.arange(coef.shape[1], device=coef.device).expand_as(order)
 
         def runs(by_pair: Shaped[Tensor, " pairs"]) -> Sequence[Tensor]:
-            return by_pair.to(there).split(counts)
+            split: Sequence[Tensor] = by_pair.to(there).split(counts)
+            return split
 
         return _Routing(
             token=token.split(counts),  # where what was heard lies

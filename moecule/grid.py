@@ -79,7 +79,9 @@ def _fit_even(
         from moecule.kernels.rounding import fit_groups
 
         tops = on_device(tuple(2.0**b - 1 for b in bits), w.device)
-        return fit_groups(w, tops, group, on_device(tuple(clip.multiples), w.device), clip.power, clip.refine)
+        return fit_groups(
+            w, tops, group, on_device(tuple(clip.multiples), w.device), clip.power, clip.refine
+        )
     part = w.unflatten(-1, (-1, group))
     scale = torch.empty(part.shape[:-1], device=w.device)
     zero = torch.empty_like(scale)
