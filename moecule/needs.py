@@ -19,7 +19,7 @@ from moecule.method import load_method
 from moecule.moe import find_moe
 from moecule.pack import DEVICE_SHARE, HOST_CHUNK_BYTES
 from moecule.recipe import Recipe
-from moecule.session import Compute
+from moecule.session import Compute, state_bytes
 from moecule.states import Place, choose_place
 from moecule.stats import Seen, Statistic
 from moecule.writer import SINGLE_BYTES
@@ -39,13 +39,15 @@ class Work:
     batch: int  # tokens that pass together
     window: int
     hidden: int
+    token_bytes: int  # of a token, that pass from one layer to the next
     vocabulary: int
     item: int  # bytes of a number as it is computed
     top_k: int
     widest: LayerExperts  # the layer of the most expert weights
     layer_weights: int  # of the largest layer, and of all layers
     all_layer_weights: int
-    layer_stored: int  # bytes of the largest layer as it is read
+    layer_stored: int  # bytes of the largest layer, decoded
+    layer_coded: int  # as they are on disk, which is how they are read for a GPU
     all_stored: int
     outer_weights: int  # embeddings, head, norms
     rest: tuple[tuple[int, int], ...]  # rows and columns of a layer's weights but the experts
@@ -63,7 +65,7 @@ class Work:
     @property
     def states(self) -> int:
         """Bytes of the hidden states of all tokens at one point of the model."""
-        return self.tokens * self.hidden * self.item
+        return self.tokens * self.token_bytes
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,11 @@ def work_of(streamed: Streamed, inventory: Inventory, recipe: Recipe) -> Work:
     """From shapes alone. Raises DataError for windows longer than the model knows."""
     config = streamed.model.config.get_text_config()
     numel = {n: t.numel() for n, t in streamed.model.state_dict().items()}
-    stored = {n: t.decoded_bytes for n, t in streamed.checkpoint.tensors.items()}
+    tensors = streamed.checkpoint.tensors
     by_layer = [streamed.layer_names(i) for i in range(len(streamed.layers))]
     weights = [sum(numel[n] for n in names) for names in by_layer]
-    read = [sum(stored[d] for n in names for d in streamed.disk[n]) for names in by_layer]
+    read = [{d for n in names for d in streamed.disk[n]} for names in by_layer]
+    stored = [sum(tensors[d].decoded_bytes for d in of) for of in read]
     moes = [m for layer in streamed.layers if (m := find_moe(layer, streamed.family))]
     where = max(inventory.experts, key=lambda i: inventory.experts[i].weights)
     window = window_length(streamed.model.config, recipe.data.length)
@@ -98,14 +101,16 @@ def work_of(streamed: Streamed, inventory: Inventory, recipe: Recipe) -> Work:
         batch=min(recipe.data.batch, recipe.data.samples) * window,
         window=window,
         hidden=config.hidden_size,
+        token_bytes=state_bytes(streamed),
         vocabulary=config.vocab_size,
         item=streamed.model.dtype.itemsize,
         top_k=max(m.top_k for m in moes),
         widest=max(inventory.experts.values(), key=lambda e: e.n * e.weights),
         layer_weights=max(weights),
         all_layer_weights=sum(weights),
-        layer_stored=max(read),
-        all_stored=sum(read),
+        layer_stored=max(stored),
+        layer_coded=max(sum(tensors[d].size_bytes for d in of) for of in read),
+        all_stored=sum(stored),
         outer_weights=sum(numel[n] for n in streamed.outer_names()),
         rest=tuple(w.shape for w in inventory.weights.values() if w.layer == where),
         heads=config.num_attention_heads,
@@ -156,7 +161,8 @@ def needs_of(work: Work, out_bytes: int, compute: Compute) -> Needs:
     if device.type == "cuda":
         chunk = int(DEVICE_SHARE * torch.cuda.get_device_properties(device).total_memory)
     on_device, on_host = Sizes(), Sizes()
-    moments = _moments(work, out_bytes, chunk)
+    read = work.layer_coded if device.type == "cuda" else work.layer_stored
+    moments = _moments(work, out_bytes, chunk, read)
     for name, moment in moments.items():
         near, far = Sizes(), {"Python, torch, transformers": RUNTIME_BYTES}
         for (what, where), size in moment.items():
@@ -191,15 +197,20 @@ def _disk(work: Work, out_bytes: int) -> Sizes:
     return max(kept, made, key=lambda sizes: sum(sizes.values()))
 
 
-def _moments(work: Work, out_bytes: int, chunk: int) -> dict[str, dict[tuple[str, str], int]]:
-    """{moment: {(what, where): bytes}}: device, host, or where hidden states or what is heard lie."""
+def _moments(
+    work: Work, out_bytes: int, chunk: int, read: int
+) -> dict[str, dict[tuple[str, str], int]]:
+    """{moment: {(what, where): bytes}}: device, host, or where hidden states or what is heard lie.
+
+    `read`: bytes of a layer as it is read.
+    """
     item, hidden, e = work.item, work.hidden, work.widest
     rows, wide = e.gate_up[0], e.down[1]
     layer = {
         ("embeddings and head", "device"): work.outer_weights * item,
         ("a layer", "device"): work.layer_weights * item,
     }
-    ahead = {("the next layer, read ahead", "host"): work.layer_stored}
+    ahead = {("the next layer, read ahead", "host"): read}
     passing = {("a batch in the layer", "device"): _activations(work)}
     text = 3 if not work.backward else work.copies
     states = {("hidden states", "states"): text * work.states}
@@ -219,7 +230,7 @@ def _moments(work: Work, out_bytes: int, chunk: int) -> dict[str, dict[tuple[str
         "load": {
             **layer,
             **states,
-            ("a layer as it is on disk", "host"): work.layer_stored,
+            ("a layer as it is on disk", "host"): read,
             ("a layer put together", "device"): 2 * e.n * rows * e.gate_up[1] * item,
         },
         "pass": {

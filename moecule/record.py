@@ -161,7 +161,10 @@ def _shared(call: Call, like: Call, memo: dict[int, Any]) -> Call:
         return call
     args = tuple(_same(a, b, memo) for a, b in zip(call.args, like.args, strict=True))
     kwargs = {k: _same(v, like.kwargs[k], memo) for k, v in call.kwargs.items()}
-    shared = [*map(operator.is_, args, like.args), *(v is like.kwargs[k] for k, v in kwargs.items())]
+    shared = [
+        *map(operator.is_, args, like.args),
+        *(v is like.kwargs[k] for k, v in kwargs.items()),
+    ]
     if all(shared) and call.added is like.added:
         return like  # one call of a layer for all batches
     return replace(call, args=args, kwargs=kwargs)
@@ -180,7 +183,8 @@ def _compared(new: Any, old: Any, memo: dict[int, Any]) -> Any:
         alike = (new.shape, new.dtype, new.device) == (old.shape, old.dtype, old.device)
         return old if alike and torch.equal(new, old) else new
     if type(new) is tuple and type(old) is tuple and len(new) == len(old):
-        return tuple(_same(a, b, memo) for a, b in zip(new, old, strict=True))
+        found = tuple(_same(a, b, memo) for a, b in zip(new, old, strict=True))
+        return old if all(map(operator.is_, found, old)) else found
     return new  # what a layer may write into stays the batch's own
 
 
