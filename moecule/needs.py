@@ -198,12 +198,12 @@ def _disk(work: Work, out_bytes: int) -> Sizes:
 
 
 def _moments(
-    work: Work, out_bytes: int, chunk: int, read: int
+    work: Work,
+    out_bytes: int,
+    chunk: int,
+    read: int,  # of a layer, as it is read
 ) -> dict[str, dict[tuple[str, str], int]]:
-    """{moment: {(what, where): bytes}}: device, host, or where hidden states or what is heard lie.
-
-    `read`: bytes of a layer as it is read.
-    """
+    """{moment: {(what, where): bytes}}: device, host, or where hidden states or what is heard lie."""
     item, hidden, e = work.item, work.hidden, work.widest
     rows, wide = e.gate_up[0], e.down[1]
     layer = {

@@ -48,7 +48,8 @@ def test_states_on_disk_keep_neither_threads_nor_tensors(deep, tmp_path, monkeyp
         threads.append(threading.active_count())
         held.append(alive())
     assert len(held) == 12 and threads[1:] == threads[1:2] * 11
-    assert max(held[1:-1]) - min(held[1:-1]) < 1000  # a layer has 80 kB, hidden states 5 kB a batch
+    # what is being written comes and goes; the states of all layers would be 110 kB, their weights more
+    assert max(held[1:-1]) - min(held[1:-1]) < 30_000
     assert len(trimmed) == 12
 
 
