@@ -28,6 +28,7 @@ RUNTIME_BYTES = 450 * 10**6  # Python, torch, transformers, and what their kerne
 KEPT_BYTES = 300 * 10**6  # freed pieces that the allocator of a CPU does not give back, at most
 FULL = 4  # times its even share that the busiest expert gets of a batch
 Sizes = dict[str, int]  # by what is held
+Moments = dict[str, dict[tuple[str, str], int]]
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,7 @@ def needs_of(work: Work, out_bytes: int, compute: Compute) -> Needs:
     if device.type == "cuda":
         chunk = int(DEVICE_SHARE * torch.cuda.get_device_properties(device).total_memory)
     on_device, on_host = Sizes(), Sizes()
+    # bytes of a layer as it is read
     read = work.layer_coded if device.type == "cuda" else work.layer_stored
     moments = _moments(work, out_bytes, chunk, read)
     for name, moment in moments.items():
@@ -197,12 +199,7 @@ def _disk(work: Work, out_bytes: int) -> Sizes:
     return max(kept, made, key=lambda sizes: sum(sizes.values()))
 
 
-def _moments(
-    work: Work,
-    out_bytes: int,
-    chunk: int,
-    read: int,  # of a layer, as it is read
-) -> dict[str, dict[tuple[str, str], int]]:
+def _moments(work: Work, out_bytes: int, chunk: int, read: int) -> Moments:
     """{moment: {(what, where): bytes}}: device, host, or where hidden states or what is heard lie."""
     item, hidden, e = work.item, work.hidden, work.widest
     rows, wide = e.gate_up[0], e.down[1]
@@ -212,8 +209,7 @@ def _moments(
     }
     ahead = {("the next layer, read ahead", "host"): read}
     passing = {("a batch in the layer", "device"): _activations(work)}
-    text = 3 if not work.backward else work.copies
-    states = {("hidden states", "states"): text * work.states}
+    states = {("hidden states", "states"): work.copies * work.states}
     few = {("hidden states", "states"): 3 * work.states}
     # x; expert and rank of each pair, its coefficient and place in the order
     heard = work.tokens * (hidden * item + 20 * work.top_k)
