@@ -6,6 +6,8 @@ What is kept in a folder besides lets a killed run go on from there.
 from __future__ import annotations
 
 import ctypes
+import functools
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,8 +26,15 @@ from moecule.files import save_whole, writing
 
 Place = Literal["device", "host", "disk"]
 DEVICE_SHARE, HOST_SHARE = 0.25, 0.6  # of what is free, that hidden states may take
-# one thread for all: each keeps a stack and a heap of its own for as long as it lives
-_WRITER = ThreadPoolExecutor(1)
+
+
+@functools.cache
+def _writer() -> ThreadPoolExecutor:
+    """One thread for all: each keeps a stack and a heap of its own for as long as it lives."""
+    return ThreadPoolExecutor(1)
+
+
+os.register_at_fork(after_in_child=_writer.cache_clear)  # a forked process has no threads
 
 
 @dataclass
@@ -55,7 +64,7 @@ class States(Sequence[Tensor]):
             with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
             file = _file(self.folder, at)
-            self._writes.append(_WRITER.submit(save_whole, held, file, sync=False))
+            self._writes.append(_writer().submit(save_whole, held, file, sync=False))
         if self.place == "disk":
             self._settle(most=2)  # what waits to be written is in memory
         kept = given if self.place == "device" else held
