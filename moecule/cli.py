@@ -302,6 +302,9 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     skip: SkipFlag = False,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Do not round activations to int8 where it is faster.")
+    ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust: Trust = False,
@@ -320,6 +323,7 @@ def generate(
         temperature=temperature,
         seed=seed,
         skip=skip,
+        exact=exact,
         compute=_compute(device, dtype, trust),
         say=write,
     )

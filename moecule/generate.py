@@ -67,17 +67,20 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     skip: bool = False,
+    exact: bool = False,
     compute: Compute | None = None,
     say: Callable[[str], None] = lambda piece: None,
 ) -> Generated:
     """Up to `tokens` new tokens; `say` gets them as they come. The chat template is used if there is one.
 
+    `exact`: as in `runtime.set_exact`.
     Temperature 0 takes the likeliest token. Raises DataError for a prompt that is empty or too
     long, RecipeError for settings that cannot be.
     """
     _check(prompt, tokens, temperature, seed)
     path = open_checkpoint(model).path
-    tokenizer, loaded = tokenizer_of(path), load(model, compute or Compute(), skip=skip)
+    tokenizer = tokenizer_of(path)
+    loaded = load(model, compute or Compute(), skip=skip, exact=exact)
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": prompt}]
         inputs = tokenizer.apply_chat_template(

@@ -4,9 +4,10 @@ A compressed checkpoint has a model_type of its own, so that transformers withou
 stops instead of filling in random experts. Its tensors are named as the modules in memory are,
 so no conversion stands between. The family's own forward runs; only weights change places:
 
-- an experts module keeps its class, and runs `packed_forward` through transformers' experts
-  interface on the codes in its child `packed`;
-- any other packed weight becomes a property that unpacks when the module's forward asks for it.
+- an experts module keeps its class, and runs `forward.packed_forward` through transformers'
+  experts interface on the codes in its child `packed`;
+- a Linear multiplies by its codes; the weight of any other module becomes a property that unpacks
+  when the module's forward asks for it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -24,11 +25,12 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from moecule import online
+from moecule import forward, online
 from moecule.experts import Experts
 from moecule.family import load_family
 from moecule.hf import auto_class, set_experts
-from moecule.moe import end_of, find_layers, find_moe, first_matrix, select_experts
+from moecule.kernels import cpu
+from moecule.moe import find_layers, find_moe, first_matrix, select_experts
 from moecule.packed import Packed, words_per_row
 from moecule.plan import Keep
 
@@ -53,11 +55,23 @@ class Stack(nn.Module):
             else:
                 register_packed(self, name, (n,), rows, columns, keep)
 
+    def times(
+        self, x: Float[Tensor, "T N"], name: str, row: int, *, exact: bool
+    ) -> Float[Tensor, "T M"]:
+        """x times one expert's matrix."""
+        if self.keep.bits == 16:
+            return nn.functional.linear(x, self.get_parameter(f"{name}_weight")[row])
+        return forward.times(x, forward.packed_of(self, name, row), exact=exact)
+
     def weight(self, name: str, row: int) -> Float[Tensor, "M N"]:
         """One expert's matrix, unpacked."""
         if self.keep.bits == 16:
             return self.get_parameter(f"{name}_weight")[row]
-        return packed_of(self, name, self.keep, self.shapes[name][1], row).dequantize(self.dtype)
+        return forward.unpacked(forward.packed_of(self, name, row), self.dtype)
+
+    def job(self, name: str, row: int) -> cpu.Job:
+        """One expert's matrix as the kernel knows it."""
+        return cpu.Job.of(forward.packed_of(self, name, row))
 
     def set(self, name: str, row: int, value: Packed | Tensor) -> None:
         """Store one expert's matrix."""
@@ -75,6 +89,8 @@ def register_packed(
 
     Scales and zero points are fp16 seen as int16, so that no cast of a model's dtype touches them.
     """
+    widths = vars(module).setdefault("widths", {})
+    widths[name] = (keep, columns)
     groups = -(-columns // keep.group)
     shape = (*lead, rows, words_per_row(keep.bits, columns))
     module.register_buffer(f"{name}_codes", torch.empty(shape, dtype=torch.int32))
@@ -88,14 +104,6 @@ def parts_of(packed: Packed) -> dict[str, Tensor]:
     """The tensors of a packed weight, by the ends of their names."""
     zero = {} if packed.zero is None else {"zero": packed.zero.view(torch.int16)}
     return {"codes": packed.codes, "scale": packed.scale.view(torch.int16)} | zero
-
-
-def packed_of(module: nn.Module, name: str, keep: Keep, columns: int, row: Any = ...) -> Packed:
-    """The packed weight that `register_packed` made room for."""
-    scale = module.get_buffer(f"{name}_scale")[row].view(torch.float16)
-    zero = None if keep.bits == 1 else module.get_buffer(f"{name}_zero")[row].view(torch.float16)
-    codes = module.get_buffer(f"{name}_codes")[row]
-    return Packed(codes, scale, zero, keep.bits, keep.group, columns)
 
 
 def prepare_experts(module: Any, keeps: Sequence[Keep]) -> None:
@@ -118,7 +126,7 @@ def prepare_experts(module: Any, keeps: Sequence[Keep]) -> None:
     )
     module.slots = [(_kind(k), list(keeps[:e]).count(k)) for e, k in enumerate(keeps)]
     module.num_experts = n
-    module.skip = None
+    module.skip, module.exact = None, True
 
 
 def _kind(keep: Keep) -> str:
@@ -136,39 +144,7 @@ def fill_experts(
             module.packed[kind].set(name, row, weights[e] if value is None else value)
 
 
-def packed_forward(
-    self: Any, hidden: Float[Tensor, "T H"], idx: Int[Tensor, "T K"], coef: Float[Tensor, "T K"]
-) -> Float[Tensor, "T H"]:
-    """The forward of an experts module whose weights are packed: expert by expert, those that are hit."""
-    if self.skip is not None:
-        idx, coef = self.skip(hidden, idx, coef, self.num_experts)
-    top_k, order = idx.shape[1], idx.flatten().argsort(stable=True)
-    counts = idx.flatten().bincount(minlength=self.num_experts + 1).tolist()
-    pieces = []
-    for e, pairs in enumerate(order.split(counts)):
-        if e == self.num_experts:  # skipped pairs
-            pieces.append(hidden.new_zeros(len(pairs), hidden.shape[1]))
-        elif len(pairs):
-            pieces.append(_run_expert(self, e, hidden[pairs // top_k]))
-    # back to the tokens' order by gathering: adding into rows is slow, and not reproducible on GPUs
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    each = torch.cat(pieces)[back].view(*idx.shape, -1)
-    return (each * coef[..., None]).sum(1).to(hidden.dtype)
-
-
-def _run_expert(module: Any, e: int, x: Float[Tensor, "t H"]) -> Float[Tensor, "t H"]:
-    """One expert's output for its tokens, before the coefficient."""
-    kind, row = module.slots[e]
-    stack, biases = module.packed[kind], (None, None)
-    if module.has_bias:
-        biases = (getattr(module, f"{first_matrix(module)}_bias")[e], module.down_proj_bias[e])
-    up = nn.functional.linear(x, stack.weight("gate_up", row), biases[0])
-    act = module._apply_gate(up) if module.has_gate else module.act_fn(up)
-    out, end = nn.functional.linear(act, stack.weight("down", row), biases[1]), end_of(module)
-    return out if end is None else end(out)
-
-
-ALL_EXPERTS_FUNCTIONS.register(MODEL_TYPE, packed_forward)
+ALL_EXPERTS_FUNCTIONS.register(MODEL_TYPE, forward.packed_forward)
 
 _packed_classes: dict[type, type] = {}
 
@@ -176,22 +152,20 @@ _packed_classes: dict[type, type] = {}
 def prepare_weight(module: nn.Module, keep: Keep) -> None:
     """Give a Linear or a router room for a packed weight, in place; its forward stays as it is."""
     weight = module.get_parameter("weight")
-    module.weight_keep, module.weight_dtype = keep, weight.dtype  # type: ignore[assignment]
-    module.weight_columns = weight.shape[1]  # type: ignore[assignment]
+    module.weight_dtype, module.exact = weight.dtype, True  # type: ignore[assignment]
     del module.weight
     register_packed(module, "weight", (), weight.shape[0], weight.shape[1], keep)
     base = type(module)
     if base not in _packed_classes:
-        _packed_classes[base] = type(
-            f"Packed{base.__name__}", (base,), {"weight": property(_unpacked)}
-        )
+        own: dict[str, Any] = {"weight": property(_unpacked)}
+        if base is nn.Linear:
+            own["forward"] = forward.linear_forward
+        _packed_classes[base] = type(f"Packed{base.__name__}", (base,), own)
     module.__class__ = _packed_classes[base]
 
 
 def _unpacked(module: Any) -> Float[Tensor, "M N"]:
-    return packed_of(module, "weight", module.weight_keep, module.weight_columns).dequantize(
-        module.weight_dtype
-    )
+    return forward.unpacked(forward.packed_of(module, "weight"), module.weight_dtype)
 
 
 def fill_weight(module: nn.Module, packed: Packed) -> None:
@@ -253,6 +227,16 @@ def prepare_model(model: Any, config: PackedConfig) -> None:
     set_experts(model, MODEL_TYPE)
     if config.skip is not None:
         online.attach(model, family, config.skip)
+
+
+def set_exact(model: nn.Module, exact: bool) -> None:
+    """Whether packed weights meet activations as they are, or rounded to int8 where that is faster.
+
+    That is on a CPU with AVX-512 VNNI and for a few tokens at a time; models are exact when loaded.
+    """
+    for module in model.modules():
+        if "exact" in vars(module):
+            module.exact = exact  # type: ignore[assignment]
 
 
 @register_quantizer(MODEL_TYPE)

@@ -30,7 +30,7 @@ from moecule.hf import (
 from moecule.journal import HIDDEN, Journal, Trail
 from moecule.names import names_in_memory
 from moecule.ranks import SOLO, Ranks
-from moecule.runtime import PackedConfig, prepare_model
+from moecule.runtime import PackedConfig, prepare_model, set_exact
 from moecule.states import Place, choose_place, free_host_bytes
 
 Progress = Callable[[str, int, int], None]  # (what is done, steps done, of how many)
@@ -189,8 +189,10 @@ def noting(trail: Trail, journal: Journal, of: str = "") -> Trail:
     return replace(trail, folder=folder, journal=journal, of=of)
 
 
-def load(model: str | Path, compute: Compute, *, skip: bool = False) -> Any:
+def load(model: str | Path, compute: Compute, *, skip: bool = False, exact: bool = True) -> Any:
     """A whole model, compressed or not, to run. `skip`: with the online skipping saved in it.
+
+    `exact`: as in `runtime.set_exact`.
 
     Raises CheckpointError where it does not load, PlanError for skipping that it does not have.
     """
@@ -220,6 +222,7 @@ def load(model: str | Path, compute: Compute, *, skip: bool = False) -> Any:
         raise CheckpointError(f"{checkpoint.path} lacks {lacking[0]} ({len(lacking)} missing)")
     if checkpoint.config["model_type"] != PACKED:
         choose_experts(loaded)
+    set_exact(loaded, exact)
     if skip:
         online.set_skip(loaded, True)
     return loaded.to(device).eval()

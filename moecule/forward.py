@@ -1,0 +1,114 @@
+"""How packed weights are run: an experts module's forward, a Linear's, and the weights themselves.
+
+On a CPU the codes are multiplied as they are by the C kernel, where a compiler has made it; else, and on
+a GPU, weights are unpacked by torch first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from moecule.kernels import cpu
+from moecule.moe import end_of, first_matrix
+from moecule.packed import Packed
+
+
+def packed_of(module: nn.Module, name: str, row: Any = ...) -> Packed:
+    """The packed weight of that name that `runtime.register_packed` made room for."""
+    keep, columns = module.widths[name]  # type: ignore[index]
+    scale = getattr(module, f"{name}_scale")[row].view(torch.float16)
+    zero = None if keep.bits == 1 else getattr(module, f"{name}_zero")[row].view(torch.float16)
+    return Packed(
+        getattr(module, f"{name}_codes")[row], scale, zero, keep.bits, keep.group, columns
+    )
+
+
+def unpacked(weight: Packed, dtype: torch.dtype) -> Float[Tensor, "M N"]:
+    """The weights that the codes stand for."""
+    return (
+        cpu.dequantize(weight).to(dtype) if _is_served(weight.codes) else weight.dequantize(dtype)
+    )
+
+
+def _is_served(tensor: Tensor) -> bool:
+    """Whether the C kernel may run: on a CPU, where no gradient is wanted, if it could be compiled."""
+    wants = torch.is_grad_enabled() and tensor.requires_grad
+    return tensor.device.type == "cpu" and not wants and cpu.library() is not None
+
+
+def times(x: Float[Tensor, "T N"], weight: Packed, *, exact: bool = True) -> Float[Tensor, "T M"]:
+    """x times the transposed weight, in the dtype of x; `exact` as in `kernels.cpu.multiply`."""
+    if _is_served(x):
+        return cpu.linear(x.float(), weight, exact=exact).to(x.dtype)
+    return nn.functional.linear(x, unpacked(weight, x.dtype))
+
+
+def linear_forward(self: Any, x: Float[Tensor, "*B N"]) -> Float[Tensor, "*B M"]:
+    """The forward of a Linear whose weight is packed."""
+    y = times(x.reshape(-1, x.shape[-1]), packed_of(self, "weight"), exact=self.exact)
+    y = y.view(*x.shape[:-1], y.shape[-1])
+    return y if self.bias is None else y + self.bias
+
+
+def packed_forward(
+    self: Any, hidden: Float[Tensor, "T H"], idx: Int[Tensor, "T K"], coef: Float[Tensor, "T K"]
+) -> Float[Tensor, "T H"]:
+    """The forward of an experts module whose weights are packed; only experts that are hit are read."""
+    if self.skip is not None:
+        idx, coef = self.skip(hidden, idx, coef, self.num_experts)
+    top_k, order = idx.shape[1], idx.flatten().argsort(stable=True)
+    counts = idx.flatten().bincount(minlength=self.num_experts + 1).tolist()
+    *pairs, skipped = order.split(counts)
+    hit = {e: p // top_k for e, p in enumerate(pairs) if len(p)}  # {expert: its tokens}
+    few = {e: t for e, t in hit.items() if len(t) <= cpu.FEW and self.slots[e][0] != "bits16"}
+    runs = [few] if len(few) > 1 and _is_served(hidden) else []  # one call of the kernel a matrix
+    runs += [{e: t} for e, t in hit.items() if not (runs and e in few)]
+    outs: dict[int, Tensor] = {}
+    for tokens in runs:
+        sizes = [len(t) for t in tokens.values()]
+        outs |= zip(tokens, _run(self, hidden, tokens).split(sizes), strict=True)
+    each = torch.cat([*(outs[e] for e in hit), hidden.new_zeros(len(skipped), hidden.shape[1])])
+    # back to the tokens' order by gathering: adding into rows is slow, and not reproducible on GPUs
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return (each[back].view(*idx.shape, -1) * coef[..., None]).sum(1).to(hidden.dtype)
+
+
+def _run(
+    module: Any, hidden: Float[Tensor, "T H"], tokens: Mapping[int, Int[Tensor, " _t"]]
+) -> Float[Tensor, "t H"]:
+    """Outputs of some experts, each for its own tokens, before the coefficients."""
+    counts = [len(t) for t in tokens.values()]
+    up = _product(module, "gate_up", hidden[torch.cat([*tokens.values()])], [*tokens], counts)
+    if module.has_bias:
+        up = up + _spread(getattr(module, f"{first_matrix(module)}_bias"), tokens)
+    act = module._apply_gate(up) if module.has_gate else module.act_fn(up)
+    out, end = _product(module, "down", act, [*tokens], counts), end_of(module)
+    if module.has_bias:
+        out = out + _spread(module.down_proj_bias, tokens)
+    return out if end is None else end(out)
+
+
+def _spread(bias: Float[Tensor, "E M"], tokens: Mapping[int, Tensor]) -> Float[Tensor, "_t M"]:
+    return torch.cat([bias[e].expand(len(t), -1) for e, t in tokens.items()])
+
+
+def _product(
+    module: Any,
+    name: str,
+    x: Float[Tensor, "t N"],
+    experts: Sequence[int],
+    counts: Sequence[int],
+) -> Float[Tensor, "t M"]:
+    stacks = [(module.packed[kind], row) for kind, row in (module.slots[e] for e in experts)]
+    stack, row = stacks[0]
+    if len(stacks) == 1:
+        made: Tensor = stack.times(x, name, row, exact=module.exact)
+        return made
+    jobs = [s.job(name, r) for s, r in stacks]
+    rows = stack.shapes[name][0]
+    return cpu.multiply(jobs, x.float(), counts, rows, exact=module.exact).to(x.dtype)
