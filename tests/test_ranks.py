@@ -42,7 +42,7 @@ def compress(model: Path, out: Path, processes: int) -> None:
     assert ended.returncode == 0, ended.stderr
 
 
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["mixtral", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 def test_two_processes_write_what_one_writes(name, checkpoint, tmp_path):
     model = checkpoint(name, tokenizer=True)
     for n in (1, 2):
