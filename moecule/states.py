@@ -82,7 +82,7 @@ class States(Sequence[Tensor]):
         if held is None:
             assert self.folder is not None  # nothing is on disk without one
             self._settle(most=0)
-            held = _load(_file(self.folder, b % len(self)))
+            held = _load(_file(self.folder, b % len(self)), "run the command again")
         here = {name: t.to(self.device, non_blocking=True) for name, t in held.items()}
         return here["hidden"], here.get("handed")
 
@@ -112,8 +112,9 @@ class States(Sequence[Tensor]):
         Raises OutputError where they are not there.
         """
         found = States(device, place, folder)
+        mend = f"remove {folder.parents[2]} to begin again"  # the journal speaks of them
         for b in range(n):
-            held = _load(_file(folder, b))
+            held = _load(_file(folder, b), mend)
             if place == "device":
                 held = {name: t.to(device) for name, t in held.items()}
             found._held.append(None if place == "disk" else held)
@@ -128,13 +129,12 @@ def _to_host(tensor: Tensor) -> Tensor:
     return held.copy_(tensor)
 
 
-def _load(file: Path) -> dict[str, Tensor]:
+def _load(file: Path, mend: str) -> dict[str, Tensor]:
     try:
         held: dict[str, Tensor] = load_file(file)
         return {"hidden": held["hidden"], **held}
     except (OSError, SafetensorError, KeyError) as e:
-        root = file.parents[2]
-        raise OutputError(f"{file} cannot be read ({e}); remove {root} to begin again") from e
+        raise OutputError(f"{file} cannot be read ({e}); {mend}") from e
 
 
 def _file(folder: Path, b: int) -> Path:

@@ -420,6 +420,16 @@ def test_the_journal_of_another_plan_is_thrown_away(here):
     assert content(here) == wanted
 
 
+def test_damaged_hidden_states_say_what_to_remove(here):
+    wanted, partial = killed(here), partial_of(here / "out")
+    for file in (partial / HIDDEN).rglob("*.safetensors"):
+        file.write_bytes(b"not tensors")
+    assert f"remove {partial} to begin again" in told(here)
+    shutil.rmtree(partial)
+    calibrate(here)
+    assert content(here) == wanted
+
+
 def test_a_damaged_journal_is_left_and_named(here):
     killed(here)
     file = partial_of(here / "out") / FILE
