@@ -139,22 +139,6 @@ TARGET static inline __attribute__((always_inline)) I codes_avx512(const uint32_
 }
 
 #include "rows.h"
-#undef WIDTH
-#undef NAME
-#undef TARGET
-#undef F
-#undef I
-#undef load
-#undef store
-#undef set1
-#undef half
-#undef sub
-#undef mul
-#undef fma
-#undef total
-#undef number
-#undef pick
-#undef BY_TABLE
 
 #define WIDTH 8
 #define NAME(x) x##_avx2
@@ -211,22 +195,6 @@ TARGET static inline __attribute__((always_inline)) I codes_avx2(const uint32_t 
 }
 
 #include "rows.h"
-#undef WIDTH
-#undef NAME
-#undef TARGET
-#undef F
-#undef I
-#undef load
-#undef store
-#undef set1
-#undef half
-#undef sub
-#undef mul
-#undef fma
-#undef total
-#undef number
-#undef pick
-#undef BY_TABLE
 
 #include "int8.h"
 

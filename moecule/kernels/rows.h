@@ -1,10 +1,10 @@
 /* The product of some rows of packed codes with some tokens, for one instruction set.
 
-   The file that includes this defines WIDTH (floats in a vector), NAME(x), TARGET, the types F and I
-   and: load, store, set1, half (one half everywhere), sub, mul, fma, total (of a vector); NAME(codes)(words, k, bits, blocks):
-   columns k .. k + WIDTH of a row; number(I): as floats; BY_TABLE(bits): whether the levels of a group fit in
-   a vector: then NAME(first_codes)(bits) are the codes of its entries, and pick(table, I) reads it,
-   whatever stands above the bits of a code.
+   The file that includes this defines WIDTH (floats in a vector), NAME(x), TARGET, the types F and I,
+   and: load, store, set1, half (one half everywhere), sub, mul, fma, total (of a vector);
+   NAME(codes)(words, k, bits, blocks): columns k .. k + WIDTH of a row; number(I): as floats;
+   BY_TABLE(bits): whether the levels of a group fit in a vector. Then NAME(first_codes)(bits) are the
+   codes of its entries, and pick(table, I) reads it, whatever stands above the bits of a code.
    A weight is (code - zero) * scale in float32, rounded after each step, as everywhere in moecule. */
 
 TARGET static inline __attribute__((always_inline)) void NAME(tile)(
@@ -80,3 +80,21 @@ static const some_rows NAME(forms)[] = {
     0, NAME(rows1), NAME(rows2), NAME(rows3), NAME(rows4),
     NAME(rows5), NAME(rows6), NAME(rows7), NAME(rows8),
 };
+
+/* for the next instruction set */
+#undef WIDTH
+#undef NAME
+#undef TARGET
+#undef F
+#undef I
+#undef load
+#undef store
+#undef set1
+#undef half
+#undef sub
+#undef mul
+#undef fma
+#undef total
+#undef number
+#undef pick
+#undef BY_TABLE
