@@ -29,15 +29,20 @@ def deep(tmp_path):
     return tmp_path / "model"
 
 
+def tensors() -> list[torch.Tensor]:
+    """All that there are in this process."""
+    gc.collect()
+    return [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
+
+
 def alive() -> int:
     """Bytes of all tensors that hold any."""
-    gc.collect()
-    found = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
-    held = [t.untyped_storage() for t in found if not t.is_meta]
+    held = [t.untyped_storage() for t in tensors() if not t.is_meta]
     return sum({s.data_ptr(): s.nbytes() for s in held}.values())
 
 
 def test_states_on_disk_keep_neither_threads_nor_tensors(deep, tmp_path, monkeypatch):
+    others = tensors()  # what tests before left: kept, so that none of it goes meanwhile
     trimmed: list[None] = []
     monkeypatch.setattr(walk, "give_back", lambda: trimmed.append(None))
     streamed, batches = tiny.stream(deep), tiny.tokens(2)
@@ -51,6 +56,7 @@ def test_states_on_disk_keep_neither_threads_nor_tensors(deep, tmp_path, monkeyp
     # what is being written comes and goes; the states of all layers would be 110 kB, their weights more
     assert max(held[1:-1]) - min(held[1:-1]) < 30_000
     assert len(trimmed) == 12
+    del others
 
 
 def test_layers_are_called_alike_for_all_batches(deep):
