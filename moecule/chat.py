@@ -8,6 +8,7 @@ a file, sought beside the lines' own file. A conversation is never cut: half a p
 from __future__ import annotations
 
 import json
+import lzma
 import warnings
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -29,10 +30,12 @@ def is_chat(path: str | Path) -> bool:
     """Whether a file holds conversations: JSON lines, the first of them with "messages"."""
     if not is_lines(path):
         return False
-    try:
-        doc = json.loads(next(iter(read_text(path).strip().split("\n", 1))))
-    except json.JSONDecodeError:
-        return False  # no conversation; who reads it as text says what is wrong
+    opened = lzma.open if Path(path).suffix == ".xz" else open
+    try:  # one line: who reads the file reads all of it, and says what is wrong with it
+        with opened(path, "rt", encoding="utf-8") as f:
+            doc = json.loads(next((line for line in f if line.strip()), ""))
+    except (OSError, EOFError, lzma.LZMAError, ValueError):
+        return False
     return isinstance(doc, dict) and "messages" in doc
 
 

@@ -78,8 +78,11 @@ def evaluate(
     path, config = streamed.checkpoint.path, streamed.model.config
     given = evaluation_batches(config, path, text, length, data, sampling or Sampling())
     start = time.perf_counter()
-    asked = _request(streamed, original, given, compute)
-    with journal_of(beside, asked, compute.ranks) if beside else nullcontext() as journal:
+    with (
+        journal_of(beside, _request(streamed, original, given, compute), compute.ranks)
+        if beside
+        else nullcontext()
+    ) as journal:
         by_file = _losses(streamed, original, given, compute, progress, journal)
     seconds = {"evaluate": round(time.perf_counter() - start, 2)}
     prompt = text_tokens(next(iter(given.values()))[0])

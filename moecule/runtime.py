@@ -60,7 +60,7 @@ class Stack(nn.Module):
     ) -> Float[Tensor, "T M"]:
         """x times one expert's matrix."""
         if self.keep.bits == 16:
-            return nn.functional.linear(x, self.get_parameter(f"{name}_weight")[row])
+            return nn.functional.linear(x, self.weight(name, row))
         return forward.times(x, forward.packed_of(self, name, row), exact=exact)
 
     def weight(self, name: str, row: int) -> Float[Tensor, "M N"]:

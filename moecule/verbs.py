@@ -278,7 +278,7 @@ def apply(
     if there == inputs:
         sweep(out, ranks, whole=True)
         return out
-    if ranks.is_first:
+    if ranks.is_first and there is not None:  # a checkpoint, and not this one
         check_out(out, remains(out, source) | placed(out))
     request = {"verb": "apply", "processes": ranks.size, **inputs}
     tick = ticker(progress, "apply", len(streamed.layers))

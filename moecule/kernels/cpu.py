@@ -70,11 +70,17 @@ def _compiled() -> Path:
     return file
 
 
-def best() -> str:
-    """The form that this processor has the instructions for."""
+def _kernel(form: str | None) -> tuple[ctypes.CDLL, int]:
+    """The compiled code, and the number of a form: of FORMS, or for None the best there is."""
     found = library()
     assert found is not None  # asked only where there is one
-    return next(name for name, number in FORMS.items() if number == found.best())
+    return found, found.best() if form is None else FORMS[form]
+
+
+def best() -> str:
+    """The form that this processor has the instructions for."""
+    _, which = _kernel(None)
+    return next(name for name, number in FORMS.items() if number == which)
 
 
 @dataclass(frozen=True)
@@ -110,8 +116,7 @@ def multiply(
     AVX-512 VNNI and groups are powers of two from 32 on. `form`: of FORMS, else the best there is.
     What comes out does not depend on the number of threads.
     """
-    found = library()
-    assert found is not None  # asked only where there is one
+    found, which = _kernel(form)
     x = x.contiguous()
     y = x.new_zeros(x.shape[0], rows)
     at_x, at_y, table = x.data_ptr(), y.data_ptr(), []
@@ -121,7 +126,7 @@ def multiply(
     listed = torch.tensor(table, dtype=torch.int64)
     asked = (listed.data_ptr(), len(table), rows, x.shape[1])
     if exact or not found.multiply_fast(*asked):
-        found.multiply(*asked, found.best() if form is None else FORMS[form])
+        found.multiply(*asked, which)
     return y
 
 
@@ -146,11 +151,9 @@ def _part(weight: Packed, first: int, last: int) -> Packed:
 
 def dequantize(weight: Packed, form: str | None = None) -> Float32[Tensor, "M N"]:
     """The weights of one matrix, bit for bit what `Packed.dequantize` gives in float32."""
-    found = library()
-    assert found is not None  # asked only where there is one
+    found, which = _kernel(form)
     rows, job = weight.codes.shape[0], Job.of(weight)
     out = torch.empty(rows, weight.columns)
     described = torch.tensor([job.codes, job.scale, job.zero, job.bits, job.group])
-    which = found.best() if form is None else FORMS[form]
     found.dequantize(described.data_ptr(), rows, weight.columns, out.data_ptr(), which)
     return out
