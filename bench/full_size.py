@@ -1,12 +1,12 @@
-"""Compress a model of full width, with random weights, streamed from disk: time and memory by layer.
+"""Compress models of full width, with random weights, streamed from disk: time by layer and memory.
 
-    python bench/full_size.py mixtral-8x7b --layers 8 --data TEXT.jsonl.xz -o RESULT.json [--dir DIR]
+    python -m bench.full_size mixtral-8x7b --layers 2 8 --data TEXT.jsonl.xz -o RESULT.json [--dir DIR]
 
-The model is written to DIR first (not timed), with fewer layers than the real one where the disk is
-small; what a layer takes is then scaled to all of them, and what does not depend on layers is added
-once. The whole of `moecule compress` runs: statistics with trials and gradients, the plan, GPTQ,
-packing, the check in a fresh process, evaluation. Random weights route evenly and say nothing of
-quality.
+A model is written to DIR first (not timed), with fewer layers than the real one where the disk is
+small. Statistics with trials and gradients, the plan, GPTQ, packing, writing and the check in a fresh
+process are timed by the clock. What a layer takes is the median of its steps in the second model, and
+of the check what more layers added; all else, kernels compiled for the first time among it, is taken
+from the first. Random weights route evenly and say nothing of quality.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import shutil
 import tempfile
 import time
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -26,7 +28,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 import moecule
-from moecule.compress import compress, peak_memory
+from moecule.compress import peak_memory
+from moecule.measure import device_name
 from moecule.session import ASSETS, Compute
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -84,79 +87,83 @@ def write_model(shape: dict[str, Any], layers: int, folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-class Clock:
-    """When each step of each verb was done."""
+def timed(folder: Path, out: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of each verb and of each of its steps, and bytes at the peak."""
+    given = {"samples": args.samples, "length": args.length, "batch": args.batch}
+    recipe = moecule.load_recipe(args.recipe, {f"data.{k}": v for k, v in given.items()})
+    compute, steps = Compute(states=args.states), defaultdict(list)
+    marks = [time.perf_counter()]
 
-    def __init__(self) -> None:
-        self.times: dict[str, list[float]] = defaultdict(list)
+    def clock(what: str, done: int, of: int) -> None:
+        steps[what].append(time.perf_counter())
 
-    def __call__(self, what: str, done: int, of: int) -> None:
-        self.times[what].append(time.perf_counter())
+    def mark() -> float:
+        marks.append(time.perf_counter())
+        return marks[-1] - marks[-2]
 
-    def by_layer(self) -> dict[str, list[float]]:
-        """Seconds of each step, the first not counted: it starts with what is no layer's."""
-        return {w: [b - a for a, b in zip(t, t[1:], strict=False)] for w, t in self.times.items()}
+    moecule.calibrate(
+        folder, out / "stats", recipe=recipe, data=args.data, compute=compute, progress=clock
+    )
+    seconds = {"calibrate": mark()}
+    plan = moecule.plan(out / "stats", recipe=recipe, ask=moecule.Ask(bits=2.5))
+    seconds["plan"] = mark()
+    moecule.apply(
+        folder, plan, out, data=args.data, sampling=recipe.data, compute=compute, progress=clock
+    )
+    seconds["apply"] = mark()
+    by_step = {w: [b - a for a, b in pairwise(t)] for w, t in steps.items()}
+    return {"seconds": seconds, "seconds_by_step": by_step, "peak_memory": peak_memory()}
+
+
+def a_layer(runs: dict[int, dict[str, Any]]) -> dict[str, float]:
+    """Seconds that one layer more takes."""
+    (a, first), (b, second) = runs.items()
+    steps = second["seconds_by_step"]
+    ways = [steps["calibrate"][i : i + b] for i in range(0, len(steps["calibrate"]), b)]  # up, down
+    checks = [r["seconds"]["apply"] - sum(r["seconds_by_step"]["apply"]) for r in (first, second)]
+    return {
+        "calibrate": sum(median(way[1:]) for way in ways),
+        "apply": median(steps["apply"][1:]),
+        "check": (checks[1] - checks[0]) / (b - a),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("--layers", type=int, required=True)
+    parser.add_argument("--layers", type=int, nargs=2, required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=8, help="windows that pass together")
     parser.add_argument("--recipe", default="mc")
     parser.add_argument("--states", default="auto")
-    parser.add_argument("--experts", type=int, help="fewer, so that more layers fit the disk")
     parser.add_argument("--dir", default=None)
     parser.add_argument("-o", "--out", required=True)
     args = parser.parse_args()
-    shape = dict(SHAPES[args.shape])
-    for key in ("num_experts", "num_local_experts"):
-        if args.experts and key in shape:
-            shape[key] = args.experts
-    with tempfile.TemporaryDirectory(dir=args.dir) as scratch:
-        folder = Path(scratch, "model")
-        folder.mkdir()
-        start = time.perf_counter()
-        write_model(shape, args.layers, folder)
-        print(f"model written in {time.perf_counter() - start:.0f} s", flush=True)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        clock = Clock()
-        changes = {"samples": args.samples, "length": args.length, "batch": args.batch}
-        changes = {f"data.{key}": value for key, value in changes.items()}
-        start = time.perf_counter()
-        made = compress(
-            folder,
-            Path(scratch, "out"),
-            recipe=moecule.load_recipe(args.recipe, changes),
-            ask=moecule.Ask(bits=2.5),
-            data=args.data,
-            compute=Compute(states=args.states),
-            progress=clock,
-        )
-        total = time.perf_counter() - start
-        steps = clock.by_layer()
-        layers = {w: sum(s) for w, s in steps.items()}
-        rest = total - sum(layers.values())
-        scale = shape["num_hidden_layers"] / args.layers
-        result = {
-            "shape": args.shape, "layers": args.layers, "of": shape["num_hidden_layers"],
-            "recipe": args.recipe, "tokens": args.samples * args.length,
-            "device": made.after.device, "seconds": total,
-            "seconds_by_verb": dict(made.after.seconds), "seconds_by_step": steps,
-            "seconds_beside_layers": rest,
-            "scaled_seconds": rest + scale * sum(layers.values()),
-            "scaled_without_evaluation": rest
-            + scale * sum(s for w, s in layers.items() if w != "evaluate"),
-            "peak_memory": peak_memory(), "size_bytes": made.after.size_bytes,
-        }  # fmt: skip
-    Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
-    result.pop("seconds_by_step")
-    print(json.dumps(result, indent=1))
+    shape, device = SHAPES[args.shape], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    runs: dict[int, dict[str, Any]] = {}
+    for layers in args.layers:
+        with tempfile.TemporaryDirectory(dir=args.dir) as scratch:
+            folder = Path(scratch, "model")
+            folder.mkdir()
+            write_model(shape, layers, folder)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            runs[layers] = timed(folder, Path(scratch, "out"), args)
+    each = a_layer(runs)
+    fixed = sum(runs[args.layers[0]]["seconds"].values()) - args.layers[0] * sum(each.values())
+    known = {
+        "shape": args.shape, "layers": args.layers, "of": shape["num_hidden_layers"],
+        "recipe": args.recipe, "tokens": args.samples * args.length, "batch": args.batch,
+        "device": device_name(device), "seconds_a_layer": each, "seconds_beside_layers": fixed,
+        "seconds_of_all_layers": fixed + shape["num_hidden_layers"] * sum(each.values()),
+    }  # fmt: skip
+    Path(args.out).write_text(json.dumps({**known, "runs": runs}, indent=1) + "\n")
+    print(json.dumps(known, indent=1))
+    for layers, run in runs.items():
+        print(layers, "layers:", run["seconds"], run["peak_memory"])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import os
 import sys
 import tomllib
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -333,15 +333,9 @@ def generate(
 
 
 def _compute(device: str, dtype: str, trust: bool, states: Where = "auto") -> Any:
-    from moecule.ranks import join
     from moecule.session import Compute
 
-    asked = Compute(device, dtype, trust, states)
-    cuda = asked.torch_device().type == "cuda"
-    ranks = join(cuda=cuda)
-    if cuda and ranks.size > 1:  # by number: what runs in threads begins on the first GPU
-        return replace(asked, ranks=ranks, device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
-    return replace(asked, ranks=ranks)
+    return Compute(device, dtype, trust, states).joined()
 
 
 def _recipe(name: str, sets: list[str] | None, samples: int | None, length: int | None) -> Any:

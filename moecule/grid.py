@@ -49,6 +49,11 @@ def on_device(numbers: tuple[float, ...], device: torch.device) -> Float[Tensor,
     return torch.tensor(numbers, device=device)
 
 
+def _tops(bits: tuple[int, ...], device: torch.device) -> Float[Tensor, " bits"]:
+    """The highest code of each width."""
+    return on_device(tuple(2.0**b - 1 for b in bits), device)
+
+
 def fit(
     w: Float[Tensor, "*E M N"], bits: int, group: int, clip: Clip = WIDE
 ) -> tuple[Float[Tensor, "*E M G"], Float[Tensor, "*E M G"]]:
@@ -78,10 +83,8 @@ def _fit_even(
     if w.is_cuda:
         from moecule.kernels.rounding import fit_groups
 
-        tops = on_device(tuple(2.0**b - 1 for b in bits), w.device)
-        return fit_groups(
-            w, tops, group, on_device(tuple(clip.multiples), w.device), clip.power, clip.refine
-        )
+        multiples = on_device(tuple(clip.multiples), w.device)
+        return fit_groups(w, _tops(bits, w.device), group, multiples, clip.power, clip.refine)
     part = w.unflatten(-1, (-1, group))
     scale = torch.empty(part.shape[:-1], device=w.device)
     zero = torch.empty_like(scale)
@@ -180,9 +183,12 @@ def quantized_at(
 ) -> Float[Tensor, "bits M N"]:
     """As `quantized`, at each of the widths."""
     n = w.shape[-1]
-    scale, zero = (
-        spread(t, group, n) for t in fit_each(w.expand(len(bits), *w.shape), bits, group, clip)
-    )
+    scale, zero = fit_each(w.expand(len(bits), *w.shape), bits, group, clip)
+    if w.is_cuda:
+        from moecule.kernels.rounding import levels_at
+
+        return levels_at(w, scale, zero, _tops(bits, w.device), group)
+    scale, zero = (spread(t, group, n) for t in (scale, zero))
     q, wide = torch.empty_like(scale), w.float()
     for k, b in enumerate(bits):
         q[k] = nearest(wide, scale[k], zero[k], b)

@@ -45,6 +45,7 @@ from moecule.record import logits
 
 PACKED = "moecule"  # the model_type of what this package writes
 # the whole of a multimodal model before its text part alone
+READERS = 4  # threads that copy what is mapped into pinned memory
 AUTO = (AutoModelForImageTextToText, AutoModelForCausalLM, AutoModelForMultimodalLM)
 
 
@@ -114,7 +115,8 @@ class Streamed:
         # a mapped file is read when it is touched: touch it here, beside the computation
         if self.device.type == "cuda":
             parts = self.checkpoint.read_parts(self._on_disk(names))
-            return {n: t.pin_memory() for n, t in parts.items()}
+            with ThreadPoolExecutor(READERS) as pool:
+                return dict(zip(parts, pool.map(Tensor.pin_memory, parts.values()), strict=True))
         tensors, known = self.checkpoint.read(self._on_disk(names)), self.checkpoint.tensors
         return {n: t if known[n].coded else t.clone() for n, t in tensors.items()}
 

@@ -29,7 +29,7 @@ from moecule.hf import (
 )
 from moecule.journal import HIDDEN, Journal, Trail
 from moecule.names import names_in_memory
-from moecule.ranks import SOLO, Ranks
+from moecule.ranks import SOLO, Ranks, join
 from moecule.runtime import PackedConfig, prepare_model, set_exact
 from moecule.states import Place, choose_place, free_host_bytes
 
@@ -53,6 +53,14 @@ class Compute:
     trust_remote_code: bool = False
     states: Literal["auto"] | Place = "auto"  # where hidden states lie; auto: as there is room
     ranks: Ranks = SOLO
+
+    def joined(self) -> Compute:
+        """As one of the processes that torchrun started, with a GPU of its own; alone, as it is."""
+        cuda = self.torch_device().type == "cuda"
+        ranks = join(cuda=cuda)
+        if cuda and ranks.size > 1:  # by number: what runs in threads begins on the first GPU
+            return replace(self, ranks=ranks, device=f"cuda:{torch.cuda.current_device()}")
+        return replace(self, ranks=ranks)
 
     def torch_device(self) -> torch.device:
         """Raises RecipeError for a device that is not there."""

@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 
-sys.path.append(str(Path(__file__).parents[2] / "bench"))
-from full_size import SHAPES, write_model
+sys.path.append(str(Path(__file__).parents[2]))
+from bench.full_size import SHAPES, write_model
 
 SMALL = {
     "model_type": "qwen3_moe", "hidden_size": 128, "moe_intermediate_size": 64,

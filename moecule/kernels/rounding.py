@@ -132,6 +132,45 @@ def fit_groups(
 
 
 @triton.jit
+def _levels_kernel(
+    w_ptr, scale_ptr, zero_ptr, top_ptr, out_ptr, rows, columns, groups, group,
+    width: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    row, at = tl.program_id(0) * block + tl.arange(0, block), tl.program_id(1)
+    column = tl.program_id(2) * width + tl.arange(0, width)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    here = row.to(tl.int64)[:, None] * columns + column[None, :]
+    w = tl.load(w_ptr + here, mask=inside, other=0.0).to(tl.float32)
+    of = (at.to(tl.int64) * rows + row)[:, None] * groups + (column // group)[None, :]
+    scale = tl.load(scale_ptr + of, mask=inside, other=1.0)
+    zero = tl.load(zero_ptr + of, mask=inside, other=0.0)
+    top = tl.load(top_ptr + at)
+    q = tl.minimum(tl.maximum(_rint(tl.div_rn(w, scale) + zero), 0.0), top)
+    q = tl.where(top == 1.0, tl.where(w >= 0, 1.0, 0.0), q)
+    out = ((q - zero) * scale).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at.to(tl.int64) * rows * columns + here, out, mask=inside)
+
+
+def levels_at(
+    w: Float[Tensor, "M N"],
+    scale: Float[Tensor, "bits M G"],
+    zero: Float[Tensor, "bits M G"],
+    tops: Float[Tensor, " bits"],
+    group: int,
+) -> Float[Tensor, "bits M N"]:
+    """The levels nearest to `w`, in its dtype, at several widths; `tops` are the highest codes."""
+    (m, n), w = w.shape, w.contiguous()
+    out = torch.empty(len(tops), m, n, dtype=w.dtype, device=w.device)
+    block, width = 8, 256
+    with torch.cuda.device(w.device):
+        _levels_kernel[(triton.cdiv(m, block), len(tops), triton.cdiv(n, width))](
+            w, scale, zero, tops, out, m, n, scale.shape[-1], group,
+            width=width, block=block, enable_fp_fusion=False, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
 def _columns_kernel(
     w_ptr, u_ptr, scale_ptr, zero_ptr, top_ptr, feedback_ptr,
     q_ptr, error_ptr, m, w_expert, w_row, u_expert, u_row,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moecule.grid import CLIPS, Clip, fit_each, quantized
+from moecule.grid import CLIPS, Clip, fit_each, nearest, quantized, quantized_at
+from moecule.kernels.rounding import levels_at
 from moecule.methods import gptq
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -37,6 +38,20 @@ def loss(w: torch.Tensor, bits: int, group: int, clip: Clip, device: str) -> tor
     """Of each row, by the clip's own measure."""
     rounded = quantized(w.to(device), bits, group, clip).cpu()
     return (rounded - w).abs().double().pow(clip.power).sum(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("m", "n", "group"), [(24, 264, 64), (5, 40, 128), (33, 768, 32)])
+def test_trial_levels_are_the_nearest(m, n, group, dtype):
+    w, bits = weights(1, m, n)[0].to("cuda", dtype), (1, 2, 3, 4, 8)
+    scale, zero = fit_each(w.expand(len(bits), m, n), bits, group, CLIPS["wide"])
+    tops = torch.tensor([2.0**b - 1 for b in bits], device="cuda")
+    got = levels_at(w, scale, zero, tops, group)
+    assert torch.equal(got, quantized_at(w, bits, group, CLIPS["wide"]))
+    scale, zero = (t.repeat_interleave(min(group, n), -1)[..., :n] for t in (scale, zero))
+    for k, b in enumerate(bits):
+        codes = nearest(w.float(), scale[k], zero[k], b)
+        assert torch.equal(got[k], ((codes - zero[k]) * scale[k]).to(dtype))
 
 
 @pytest.mark.parametrize("feedback", ["column", "block"])

@@ -11,7 +11,10 @@ import torch
 from moecule.grid import CLIPS, quantized_at
 from moecule.stats import BINS, histograms
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
+]
 
 
 @contextmanager
