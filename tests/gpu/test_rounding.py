@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from moecule.grid import CLIPS, Clip, fit_each, nearest, quantized, quantized_at
-from moecule.kernels.rounding import levels_at
 from moecule.methods import gptq
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -43,6 +42,8 @@ def loss(w: torch.Tensor, bits: int, group: int, clip: Clip, device: str) -> tor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("m", "n", "group"), [(24, 264, 64), (5, 40, 128), (33, 768, 32)])
 def test_trial_levels_are_the_nearest(m, n, group, dtype):
+    from moecule.kernels.rounding import levels_at  # triton is there with a GPU only
+
     w, bits = weights(1, m, n)[0].to("cuda", dtype), (1, 2, 3, 4, 8)
     scale, zero = fit_each(w.expand(len(bits), m, n), bits, group, CLIPS["wide"])
     tops = torch.tensor([2.0**b - 1 for b in bits], device="cuda")
