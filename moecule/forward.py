@@ -15,17 +15,7 @@ from torch import Tensor, nn
 
 from moecule.kernels import cpu
 from moecule.moe import end_of, first_matrix
-from moecule.packed import Packed
-
-
-def packed_of(module: nn.Module, name: str, row: Any = ...) -> Packed:
-    """The packed weight of that name that `runtime.register_packed` made room for."""
-    keep, columns = module.widths[name]  # type: ignore[index]
-    scale = getattr(module, f"{name}_scale")[row].view(torch.float16)
-    zero = None if keep.bits == 1 else getattr(module, f"{name}_zero")[row].view(torch.float16)
-    return Packed(
-        getattr(module, f"{name}_codes")[row], scale, zero, keep.bits, keep.group, columns
-    )
+from moecule.packed import Packed, packed_of
 
 
 def unpacked(weight: Packed, dtype: torch.dtype) -> Float[Tensor, "M N"]:

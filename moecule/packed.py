@@ -15,10 +15,11 @@ Scales and zero points are fp16. One-bit codes have no stored zero: it is 1/2, c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float16, Int, Int32
-from torch import Tensor
+from torch import Tensor, nn
 
 BLOCK = 32  # columns that share the words of a plane
 WIDTHS = range(1, 9)
@@ -45,6 +46,16 @@ class Packed:
         """The weights that the codes stand for, computed in float32."""
         q = unpack(self.codes, self.bits, self.columns)
         return affine(q, self.scale, self.zero, self.group).to(dtype)
+
+
+def packed_of(module: nn.Module, name: str, row: Any = ...) -> Packed:
+    """The packed weight of that name that `runtime.register_packed` made room for."""
+    keep, columns = module.widths[name]  # type: ignore[index]
+    scale = getattr(module, f"{name}_scale")[row].view(torch.float16)
+    zero = None if keep.bits == 1 else getattr(module, f"{name}_zero")[row].view(torch.float16)
+    return Packed(
+        getattr(module, f"{name}_codes")[row], scale, zero, keep.bits, keep.group, columns
+    )
 
 
 def affine(

@@ -31,7 +31,7 @@ from moecule.family import load_family
 from moecule.hf import auto_class, set_experts
 from moecule.kernels import cpu
 from moecule.moe import find_layers, find_moe, first_matrix, select_experts
-from moecule.packed import Packed, words_per_row
+from moecule.packed import Packed, packed_of, words_per_row
 from moecule.plan import Keep
 
 MODEL_TYPE = "moecule"
@@ -61,17 +61,17 @@ class Stack(nn.Module):
         """x times one expert's matrix."""
         if self.keep.bits == 16:
             return nn.functional.linear(x, self.weight(name, row))
-        return forward.times(x, forward.packed_of(self, name, row), exact=exact)
+        return forward.times(x, packed_of(self, name, row), exact=exact)
 
     def weight(self, name: str, row: int) -> Float[Tensor, "M N"]:
         """One expert's matrix, unpacked."""
         if self.keep.bits == 16:
             return self.get_parameter(f"{name}_weight")[row]
-        return forward.unpacked(forward.packed_of(self, name, row), self.dtype)
+        return forward.unpacked(packed_of(self, name, row), self.dtype)
 
     def job(self, name: str, row: int) -> cpu.Job:
         """One expert's matrix as the kernel knows it."""
-        return cpu.Job.of(forward.packed_of(self, name, row))
+        return cpu.Job.of(packed_of(self, name, row))
 
     def set(self, name: str, row: int, value: Packed | Tensor) -> None:
         """Store one expert's matrix."""
@@ -165,7 +165,7 @@ def prepare_weight(module: nn.Module, keep: Keep) -> None:
 
 
 def _unpacked(module: Any) -> Float[Tensor, "M N"]:
-    return forward.unpacked(forward.packed_of(module, "weight"), module.weight_dtype)
+    return forward.unpacked(packed_of(module, "weight"), module.weight_dtype)
 
 
 def fill_weight(module: nn.Module, packed: Packed) -> None:

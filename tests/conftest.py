@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+# before torch imports triton: where there is no GPU its kernels are interpreted
+os.environ.setdefault("TRITON_INTERPRET", "0" if shutil.which("nvidia-smi") else "1")
+
+# isort: split
 import pytest
 import tiny
 import torch

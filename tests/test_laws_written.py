@@ -163,7 +163,7 @@ def test_a_packed_checkpoint_loads_as_what_was_walked(name, checkpoint, tmp_path
     found = [tiny.logits(model, batch) for batch in batches]
     for got, hidden, batch in zip(found, done.last, batches, strict=True):
         with torch.no_grad():
-            torch.testing.assert_close(got, streamed.logits(hidden, batch), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(got, streamed.logits(hidden, batch), rtol=1e-4, atol=5e-5)
     model.save_pretrained(tmp_path / "again")
     again = tiny.load(tmp_path / "again")
     assert all(map(torch.equal, found, [tiny.logits(again, batch) for batch in batches]))

@@ -6,6 +6,8 @@ in float32; only sums over a group may come in another order.
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -16,32 +18,37 @@ TINY = tl.constexpr(2.0**-24)
 
 
 @triton.jit
+@no_type_check
 def _rint(x):
     # beside this number floats are whole, so the sum is rounded to even; larger x are clamped anyway
     return (x + 12582912.0) - 12582912.0
 
 
 @triton.jit
+@no_type_check
 def _storable(scale):
     return tl.minimum(tl.maximum(scale, TINY), 6e4).to(tl.float16).to(tl.float32)
 
 
 @triton.jit
+@no_type_check
 def _storable_zero(zero):
     return tl.minimum(tl.maximum(zero, -6e4), 6e4).to(tl.float16).to(tl.float32)
 
 
 @triton.jit
+@no_type_check
 def _nearest(w, scale, zero, top):
     q = _rint(tl.div_rn(w, scale[:, None]) + zero[:, None])
     return tl.minimum(tl.maximum(q, 0.0), top)
 
 
 @triton.jit
+@no_type_check
 def _loss(w, scale, zero, top, power, inside, squares: tl.constexpr):
     q = _nearest(w, scale, zero, top)
     miss = tl.abs((q - zero[:, None]) * scale[:, None] - w)
-    if squares:  # noqa: SIM108 - decided when the kernel is compiled
+    if squares:
         miss = miss * miss
     else:
         miss = tl.exp2(power * tl.log2(tl.maximum(miss, 1e-30)))
@@ -49,6 +56,7 @@ def _loss(w, scale, zero, top, power, inside, squares: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def _fit_kernel(
     w_ptr, top_ptr, multiple_ptr, scale_ptr, zero_ptr,
     rows, rows_per_top, row_stride, group_stride, groups, power,
@@ -132,6 +140,7 @@ def fit_groups(
 
 
 @triton.jit
+@no_type_check
 def _levels_kernel(
     w_ptr, scale_ptr, zero_ptr, top_ptr, out_ptr, rows, columns, groups, group,
     width: tl.constexpr, block: tl.constexpr,
@@ -171,6 +180,7 @@ def levels_at(
 
 
 @triton.jit
+@no_type_check
 def _columns_kernel(
     w_ptr, u_ptr, scale_ptr, zero_ptr, top_ptr, feedback_ptr,
     q_ptr, error_ptr, m, w_expert, w_row, u_expert, u_row,

@@ -1,0 +1,122 @@
+"""Packed experts and weights on a GPU: by their codes for few tokens, unpacked first for many.
+
+Nothing here waits for the GPU, so all of it can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+
+from moecule.kernels import gemv, unpack
+from moecule.kernels.matrices import Matrices
+from moecule.moe import end_of, first_matrix
+from moecule.packed import packed_of
+
+FEW_PAIRS = 12  # an expert, up to which reading codes anew for every pair is faster than unpacking
+FEW_TOKENS = 12  # at a weight that all tokens meet
+
+
+def experts_there(module: Any) -> tuple[Matrices, Matrices] | None:
+    """(gate and up, down) of an experts module, found once; None where the kernels do not serve them."""
+    if any(kind == "bits16" for kind, _ in module.slots):
+        return None
+    stacks = [(module.packed[kind], row) for kind, row in module.slots]
+    place, known = stacks[0][0].gate_up_codes.data_ptr(), vars(module).setdefault("there", {})
+    if place not in known:  # they have moved
+        known.clear()
+        up, down = (
+            Matrices.of([packed_of(stack, name, row) for stack, row in stacks])
+            for name in ("gate_up", "down")
+        )
+        known[place] = None if up is None or down is None else (up, down)
+    found: tuple[Matrices, Matrices] | None = known[place]
+    return found
+
+
+def linear(x: Float[Tensor, "T N"], of: Matrices, *, exact: bool) -> Float[Tensor, "T M"]:
+    """x times one transposed weight."""
+    if len(x) > FEW_TOKENS:
+        return nn.functional.linear(x, unpack.unpacked(of, x.dtype)[0])
+    first = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    y = gemv.products(x if exact else gemv.rounded(x, of), of, first, 1)
+    return gemv.summed(y, first, 1, 1, x.dtype)
+
+
+def experts_forward(
+    module: Any,
+    up: Matrices,
+    down: Matrices,
+    hidden: Float[Tensor, "T H"],
+    idx: Int[Tensor, "T K"],
+    coef: Float[Tensor, "T K"],
+) -> Float[Tensor, "T H"]:
+    """The forward of an experts module; pairs with no expert of its own, skipped, add nothing."""
+    few = idx.numel() <= FEW_PAIRS * len(up)
+    return (_few if few else _many)(module, up, down, hidden, idx, coef)
+
+
+def _many(
+    module: Any, up: Matrices, down: Matrices, hidden: Tensor, idx: Tensor, coef: Tensor
+) -> Tensor:
+    """transformers' own grouped product, for as long as this takes on plain weights."""
+    first = first_matrix(module)
+    weights = {first: up, "down_proj": down}
+    own = vars(module)
+    # an expert that is not there means no product, as where others have the other experts
+    before = (
+        {"_is_expert_parallel": own["_is_expert_parallel"]} if "_is_expert_parallel" in own else {}
+    )
+    own["_is_expert_parallel"] = True
+    try:
+        for name, of in weights.items():
+            plain = unpack.unpacked(of, hidden.dtype)
+            own[name] = plain.mT if module.is_transposed else plain
+        made: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, hidden, idx, coef)
+        return made
+    finally:
+        for name in ("_is_expert_parallel", *weights):
+            own.pop(name, None)
+        own.update(before)
+
+
+def _few(
+    module: Any, up: Matrices, down: Matrices, hidden: Tensor, idx: Tensor, coef: Tensor
+) -> Tensor:
+    n, top_k, pairs = len(up), idx.shape[1], idx.flatten()
+    y = gemv.products(hidden if module.exact else gemv.rounded(hidden, up), up, pairs, top_k)
+    act: gemv.Activations
+    if _is_swiglu(module) and not module.exact:
+        act = gemv.gated(y, down, pairs, n)
+    else:
+        plain = _gate(module, gemv.summed(y, pairs, 1, n, torch.float32), pairs)
+        act = plain if module.exact else gemv.rounded(plain, down)
+    out, end = gemv.products(act, down, pairs, 1), end_of(module)
+    if not module.has_bias and end is None:
+        return gemv.summed(out, pairs, top_k, n, hidden.dtype, coef.flatten().contiguous())
+    each = gemv.summed(out, pairs, 1, n, torch.float32)
+    if module.has_bias:
+        each = each + module.down_proj_bias[pairs.clamp(max=n - 1)]
+    if end is not None:
+        each = end(each.to(hidden.dtype))
+    each = each * (coef.flatten() * (pairs < n))[:, None]
+    return each.view(*idx.shape, -1).sum(1).to(hidden.dtype)
+
+
+def _is_swiglu(module: Any) -> bool:
+    """silu(gate) * up, the gate's rows before those of up, and nothing added."""
+    plain = type(module)._apply_gate is _default_apply_gate and isinstance(module.act_fn, nn.SiLU)
+    return bool(module.has_gate and plain and not module.has_bias)
+
+
+def _gate(module: Any, up: Float[Tensor, "pairs R"], pairs: Tensor) -> Float[Tensor, "pairs F"]:
+    """What enters the down projection, by the family's own function."""
+    if module.has_bias:
+        first = getattr(module, f"{first_matrix(module)}_bias")
+        up = up + first[pairs.clamp(max=len(first) - 1)]
+    act: Tensor = module._apply_gate(up) if module.has_gate else module.act_fn(up)
+    return act

@@ -1,0 +1,68 @@
+"""Where packed weights of several widths lie in a GPU's memory, for kernels that read them as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from moecule.packed import BLOCK, Packed
+
+GROUPS = (32, 64, 128, 256, 512, 1024)  # of columns that a kernel can tell apart by its blocks
+
+
+def launching(tensor: Tensor) -> AbstractContextManager[object]:
+    """Within, kernels start on the GPU where the tensor lies; on a CPU they are interpreted."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """Packed weights [M, N] of one shape and one group, of any widths: where each lies."""
+
+    table: Int64[Tensor, "E four"]  # distances from the first one's: codes in words, scale and zero
+    # in halves; and bits
+    codes: Tensor  # where the first one's lie
+    scale: Tensor
+    rows: int
+    columns: int
+    group: int
+    parts: int  # all parts that occur, of 1, 2, 4, 8 bits, in one number
+    keeps: tuple[Tensor, ...]  # what the table points into must outlive it
+
+    @staticmethod
+    def of(weights: Sequence[Packed]) -> Matrices | None:
+        """None where the kernels do not serve them: groups that differ or are no power of 2."""
+        first = weights[0]
+        group = min(first.group, max(BLOCK, 1 << (first.columns - 1).bit_length()))
+        alike = all((w.group, w.columns) == (first.group, first.columns) for w in weights)
+        if not alike or group not in GROUPS:
+            return None
+        base, halves = first.codes.data_ptr(), first.scale.data_ptr()
+        table, keeps, parts = [], [], 0
+        for w in weights:
+            zero = w.scale if w.zero is None else w.zero  # 1/2 is not stored, and not read
+            places = [(t.data_ptr() - halves) // 2 for t in (w.scale, zero)]
+            table.append([(w.codes.data_ptr() - base) // 4, *places, w.bits])
+            keeps += [w.codes, w.scale, zero]
+            parts |= w.bits
+        at = torch.tensor(table, dtype=torch.int64, device=first.codes.device)
+        rows, columns = first.codes.shape[0], first.columns
+        return Matrices(at, first.codes, first.scale, rows, columns, group, parts, tuple(keeps))
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether every row of every part begins at a multiple of 16 bytes."""
+        return self.blocks % 4 == 0 and all(w.data_ptr() % 16 == 0 for w in self.keeps[::3])
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of 32 columns."""
+        return -(-self.columns // BLOCK)

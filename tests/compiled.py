@@ -1,0 +1,89 @@
+"""What becomes of a kernel on an H100, seen without one: `python tests/compiled.py` prints it as JSON.
+
+Triton compiles for sm_90 with the assembler it brings. A process of its own, for where kernels are
+interpreted they cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from moecule.kernels import gemv
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+POINTERS = {
+    "x8_ptr": "*i32", "d_ptr": "*fp32", "s_ptr": "*fp32", "x_ptr": "*fp32", "table_ptr": "*i64",
+    "codes_ptr": "*i32", "scale_ptr": "*fp16", "idx_ptr": "*i64", "y_ptr": "*fp32",
+}  # fmt: skip
+EVEN = ("m", "columns", "run")  # multiples of 16, as Triton sees of a layer's sizes
+
+
+def built(kernel: Any, warps: int, **fixed: Any) -> Path:
+    """The machine code of the product kernel, in a file."""
+    names = kernel.arg_names
+    kinds = {n: "constexpr" if n in fixed else POINTERS.get(n, "i32") for n in names}
+    hints = {
+        (names.index(n),): [["tt.divisibility", 16]]
+        for n in names
+        if n in POINTERS or n in EVEN and n not in fixed
+    }
+    source = ASTSource(fn=kernel, signature=kinds, constexprs=fixed, attrs=hints)
+    made = triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": 3}
+    )
+    file = Path(tempfile.mkdtemp(), "kernel.cubin")
+    file.write_bytes(made.asm["cubin"])
+    return file
+
+
+def said(tool: str, *given: str) -> str:
+    """What one of the tools prints."""
+    return subprocess.run([TOOLS / tool, *given], capture_output=True, text=True, check=True).stdout
+
+
+def loops(listing: str) -> list[Counter[str]]:
+    """Instructions of every loop's body, counted."""
+    labels: dict[str, int] = {}
+    steps: list[str] = []
+    found = []
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(steps)
+        elif step := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            steps.append(re.sub(r"^@!?U?P\w+\s+", "", step[1]))
+            back = re.search(r"BRA.*?(\.L_\w+)", steps[-1])
+            if back and back[1] in labels:
+                found.append(Counter(s.split()[0] for s in steps[labels[back[1]] :]))
+    return found
+
+
+def report(kernel: Any, warps: int, **fixed: Any) -> dict[str, Any]:
+    """Registers, bytes of the stack, and for each loop with dp4a what it takes."""
+    file = built(kernel, warps, **fixed)
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", said("cuobjdump", "-res-usage", str(file)))
+    assert usage is not None  # the tool says so of every kernel
+    found = []
+    for body in loops(said("nvdisasm", "-c", str(file))):
+        dots = sum(n for name, n in body.items() if name.startswith("IDP.4A"))
+        if dots:
+            found.append({
+                "instructions_a_weight": sum(body.values()) / (4 * dots),
+                "wide_loads": sum(n for s, n in body.items() if s.startswith("LDG") and "128" in s),
+                "stores": sum(n for s, n in body.items() if s.startswith(("STS", "STL"))),
+            })  # fmt: skip
+    return {"registers": int(usage[1]), "stack": int(usage[2]), "loops": found}
+
+
+if __name__ == "__main__":
+    both = {"group": 128, "exact": False, "aligned": True, "rows": 8, "words": 128}
+    print(json.dumps(report(gemv._product_kernel, 1, parts=3, **both)))

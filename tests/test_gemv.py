@@ -1,0 +1,201 @@
+"""Triton's products with packed weights: on a GPU, or interpreted on the CPU where there is none."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is made for Linux")
+
+from moecule import forward, gpu
+from moecule.kernels import gemv, unpack
+from moecule.kernels.matrices import Matrices
+from moecule.packed import Packed, pack
+from moecule.plan import Keep
+
+# the interpreter's, of loop bounds
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MIXED = (2, 1, 3, 8, 4)
+WIDE = 1056 if DEVICE == "cuda" else 544  # columns: more than one step of the loop
+
+
+def normal(*shape: int) -> Tensor:
+    """The same numbers every time."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+
+def random_packed(bits: int, rows: int, columns: int, group: int) -> Packed:
+    """Scales of either sign."""
+    g = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 2**bits, (rows, columns), generator=g)
+    shape = (rows, -(-columns // group))
+    scale, zero = (torch.randn(shape, generator=g).half() for _ in range(2))
+    halves = None if bits == 1 else (zero * 2**bits).to(DEVICE)
+    words = pack(codes, bits).to(DEVICE)
+    return Packed(words, scale.to(DEVICE), halves, bits, group, columns)
+
+
+def in_eighths(rows: int, columns: int) -> Tensor:
+    """Activations that int8 holds exactly: whole eighths, 127 of them in every 32 columns."""
+    x = torch.randint(-127, 128, (rows, columns), generator=torch.Generator().manual_seed(0))
+    x[:, ::32] = 127
+    return (x / 8).to(DEVICE)
+
+
+def matrices(weights: list[Packed]) -> Matrices:
+    """As the kernels know them."""
+    found = Matrices.of(weights)
+    assert found is not None
+    return found
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors that nothing was written to hold NaN, or a number that spoils a sum."""
+    plain = torch.empty
+
+    def empty(*shape: int, **how: object) -> Tensor:
+        made = plain(*shape, **how)
+        return made.fill_(float("nan") if made.is_floating_point() else 77)
+
+    monkeypatch.setattr(torch, "empty", empty)
+
+
+@pytest.fixture
+def fenced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where kernels are interpreted: one that reads or writes outside of all tensors fails."""
+    if DEVICE == "cuda":
+        return
+    from triton.runtime import interpreter
+
+    plain = interpreter._interpreter
+
+    known: set[tuple[int, int]] = set()
+
+    def is_inside(at: np.ndarray, size: int) -> bool:
+        inside = np.zeros(at.shape, bool)
+        for start, end in known:
+            inside |= (start <= at) & (at + size <= end)
+        return bool(inside.all())
+
+    def check(places: np.ndarray, mask: np.ndarray, size: int) -> None:
+        at = places[np.broadcast_to(mask, places.shape).astype(bool)].astype(np.int64)
+        if not is_inside(at, size):  # tensors may have come since
+            found = [t.untyped_storage() for t in gc.get_objects() if type(t) is Tensor]
+            known.clear()
+            known.update((s.data_ptr(), s.data_ptr() + s.nbytes()) for s in found)
+            assert is_inside(at, size), "outside of all tensors"
+
+    def load(places: np.ndarray, mask: np.ndarray, other: np.ndarray, kind: np.dtype) -> np.ndarray:
+        check(places, mask, np.dtype(kind).itemsize)
+        return plain.load(places, mask, other, kind)
+
+    def store(places: np.ndarray, value: np.ndarray, mask: np.ndarray) -> None:
+        check(places, mask, value.dtype.itemsize)
+        plain.store(places, value, mask)
+
+    fence = SimpleNamespace(**{**vars(plain), "load": load, "store": store})
+    monkeypatch.setattr(interpreter, "_interpreter", fence)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(
+    ("columns", "group", "cut"),
+    [(WIDE, 64, gemv.Tiling(words=32)), (200, 128, gemv.Tiling(rows=16)), (96, 32, gemv.Tiling()),
+     (2080, 1024, gemv.Tiling(words=64, splits=3))],
+)  # fmt: skip
+def test_widths_mix_in_one_launch(columns, group, cut, exact, monkeypatch, fenced):
+    poisoned(monkeypatch)
+    weights = [random_packed(bits, 21, columns, group) for bits in MIXED]
+    of, x = matrices(weights), in_eighths(2, columns)
+    idx = torch.tensor([0, 1, 5, 4, 3, 2], device=DEVICE)  # 5 is nobody: skipped
+    y = gemv.products(x if exact else gemv.rounded(x, of), of, idx, 3, cut)
+    each = gemv.summed(y, idx, 1, len(of), torch.float32)
+    for pair, e in enumerate(idx.tolist()):
+        if e == len(of):
+            assert y[:, pair].isnan().all()  # not a row of it was computed
+            assert not each[pair].any()
+            continue
+        plain = weights[e].dequantize().double()
+        at = x[pair // 3].double()
+        zeros = 2.0 ** (MIXED[e] + 2) * weights[e].scale.double().abs()
+        wide = zeros.repeat_interleave(min(group, columns), 1)[:, :columns]
+        most = (plain.abs() + wide) @ at.abs()
+        assert ((each[pair] - plain @ at).abs() <= 3e-6 * most).all()
+
+
+def test_whole_numbers_come_out_exactly():
+    for exact in (True, False):
+        for bits in range(1, 9):
+            codes = torch.randint(0, 2**bits, (9, 160), generator=torch.Generator().manual_seed(0))
+            ones = torch.ones(9, 5, device=DEVICE).half()
+            zero = None if bits == 1 else 3 * ones
+            packed = Packed(pack(codes, bits).to(DEVICE), 2 * ones, zero, bits, 32, 160)
+            x = in_eighths(2, 160)
+            want = (x.double() @ packed.dequantize().double().mT).float()
+            assert torch.equal(gpu.linear(x, matrices([packed]), exact=exact), want)
+
+
+@pytest.mark.parametrize(("columns", "group"), [(200, 128), (64, 32)])
+def test_unpacking_is_the_reference_bit_for_bit(columns, group, fenced):
+    weights = [random_packed(bits, 11, columns, group) for bits in range(1, 9)]
+    got = unpack.unpacked(matrices(weights), torch.float32)
+    for w, have in zip(weights, got, strict=True):
+        assert torch.equal(have.view(torch.int32), w.dequantize().view(torch.int32))
+
+
+def test_groups_that_the_kernels_cannot_tell_apart_are_not_served():
+    assert Matrices.of([random_packed(2, 4, 96, 24)]) is None
+    assert Matrices.of([random_packed(2, 4, 96, 32), random_packed(2, 4, 96, 64)]) is None
+    assert Matrices.of([random_packed(2, 4, 96, 500)]).group == 128  # all columns are one group
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize("how", ["exact", "int8", "unpacked"])
+def test_experts_do_what_torch_makes_of_them(name, how, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "FEW_PAIRS", 0 if how == "unpacked" else 1000)
+    streamed = tiny.stream(checkpoint(name))
+    plan = tiny.plan(streamed, lambda i, e: Keep(MIXED[e % len(MIXED)], 32))
+    tiny.write(streamed, plan, tmp_path / "out", tiny.tokens(2))
+    model = tiny.load(tmp_path / "out").to(DEVICE)
+    module = next(m for m in model.modules() if hasattr(m, "slots"))
+    n = module.num_experts
+    hidden = normal(3, module.packed[module.slots[0][0]].shapes["gate_up"][1])
+    idx = torch.tensor([[0, 1], [n - 1, 0], [1, n]], device=DEVICE)  # n is nobody
+    coef = torch.tensor([[0.7, 0.3], [0.5, 0.5], [0.9, 0.1]], device=DEVICE)
+    with torch.no_grad():
+        found = gpu.experts_there(module)
+        assert found is not None
+        want = forward.packed_forward(module, hidden, idx, coef)
+        module.exact = how != "int8"
+        got = gpu.experts_forward(module, *found, hidden, idx, coef)
+    if how == "int8":
+        assert 0 < (got - want).norm() / want.norm() < 0.02
+    else:
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_spills_on_an_h100():
+    """And codes come 16 bytes at a time, four of them multiplied by an instruction."""
+    script = Path(__file__).with_name("compiled.py")
+    plain = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, env=plain)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert found["stack"] == 0
+    assert found["registers"] <= 128  # 16 warps on a multiprocessor
+    assert len(found["loops"]) == 2  # parts of 2 bits and of 1
+    for loop in found["loops"]:
+        assert loop["instructions_a_weight"] < 1.5
+        assert loop["wide_loads"] >= 8
