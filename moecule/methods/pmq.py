@@ -178,7 +178,8 @@ def _paid(after: Costs, axis: int | None) -> Costs:
     if axis is None:
         return after
     owed = np.maximum(np.arange(after.shape[axis]) - 1, 0)
-    return after.take(owed, axis=axis)
+    paid: Costs = after.take(owed, axis=axis)
+    return paid
 
 
 def _affordable(table: Costs, total: int, bits: tuple[int, ...]) -> int:
