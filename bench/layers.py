@@ -148,7 +148,8 @@ def rows(name: str, rate: float) -> list[dict[str, Any]]:
             row["codes_us"] = replayed(partial(few, packed, *found), turns)
             packed.exact = True
             row["exact_us"] = replayed(partial(few, packed, *found), turns)
-        row["unpacked_us"] = replayed(partial(gpu._many, packed, *found), turns)
+        row["grouped_us"] = replayed(partial(gpu._grouped, packed, *found), turns)
+        row["unpacked_us"] = replayed(partial(gpu._unpacked, packed, *found), turns)
     del packed, found
     plain = plain_experts(name)
     for row in made:
@@ -200,11 +201,13 @@ def main() -> None:
         for name in args.shapes:
             sweep(name)
         return
-    print("| | tokens | floor, us | by codes, int8 | exact | unpacked first | bf16 grouped_mm |")
-    print("|---|--:|--:|--:|--:|--:|--:|")
+    print("| | tokens | floor, us | by codes, int8 | exact | grouped | unpacked first | bf16 |")
+    print("|---|--:|--:|--:|--:|--:|--:|--:|")
     made = [row for name in args.shapes for row in rows(name, rate)]
     for row in made:
-        cells = [row.get(f"{k}_us") for k in ("floor", "codes", "exact", "unpacked", "bf16")]
+        cells = [
+            row.get(f"{k}_us") for k in ("floor", "codes", "exact", "grouped", "unpacked", "bf16")
+        ]
         shown = " | ".join("" if c is None else f"{c:.1f}" for c in cells)
         print(f"| {row['shape']} | {row['tokens']} | {shown} |", flush=True)
     if args.out:

@@ -1,4 +1,5 @@
-"""Packed experts and weights on a GPU: by their codes for few tokens, unpacked first for many.
+"""Packed experts and weights on a GPU: by their codes for few tokens, unpacked on the way to the matrix
+units for more, unpacked first for many.
 
 Nothing here waits for the GPU, so all of it can be captured in a CUDA graph.
 """
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 from moecule.kernels import gemv, unpack
+from moecule.kernels.grouped import Sorted, grouped
 from moecule.kernels.matrices import Matrices
 from moecule.moe import end_of, first_matrix
 from moecule.packed import packed_of
 
-FEW_PAIRS = 12  # an expert, up to which reading codes anew for every pair is faster than unpacking
+FEW_PAIRS = 4  # an expert, up to which reading codes anew for every pair is fastest
+MANY_PAIRS = 512  # an expert, from which on unpacking once is
 FEW_TOKENS = 12  # at a weight that all tokens meet
 
 
@@ -56,11 +59,26 @@ def experts_forward(
     coef: Float[Tensor, "T K"],
 ) -> Float[Tensor, "T H"]:
     """The forward of an experts module; pairs with no expert of its own, skipped, add nothing."""
-    few = idx.numel() <= FEW_PAIRS * len(up)
-    return (_few if few else _many)(module, up, down, hidden, idx, coef)
+    each = idx.numel() / len(up)
+    how = _few if each <= FEW_PAIRS else _unpacked if each >= MANY_PAIRS else _grouped
+    return how(module, up, down, hidden, idx, coef)
 
 
-def _many(
+def _grouped(
+    module: Any, up: Matrices, down: Matrices, hidden: Tensor, idx: Tensor, coef: Tensor
+) -> Tensor:
+    n, pairs = len(up), idx.flatten()
+    by_expert = Sorted.of(pairs, n)
+    order = by_expert.order
+    expert, places = pairs[order].clamp(max=n - 1), torch.arange(len(order), device=order.device)
+    act = _gate(module, grouped(hidden, order // idx.shape[1], up, by_expert), expert)
+    out = _ended(module, grouped(act, places, down, by_expert), expert)
+    each = out[torch.empty_like(order).scatter_(0, order, places)]
+    each = torch.where((pairs < n)[:, None], each * coef.flatten()[:, None], 0)  # or never written
+    return each.view(*idx.shape, -1).sum(1).to(hidden.dtype)
+
+
+def _unpacked(
     module: Any, up: Matrices, down: Matrices, hidden: Tensor, idx: Tensor, coef: Tensor
 ) -> Tensor:
     """transformers' own grouped product, for as long as this takes on plain weights."""
@@ -93,16 +111,13 @@ def _few(
     if _is_swiglu(module) and not module.exact:
         act = gemv.gated(y, down, pairs, n)
     else:
-        plain = _gate(module, gemv.summed(y, pairs, 1, n, torch.float32), pairs)
+        plain = _gate(module, gemv.summed(y, pairs, 1, n, torch.float32), pairs.clamp(max=n - 1))
         act = plain if module.exact else gemv.rounded(plain, down)
-    out, end = gemv.products(act, down, pairs, 1), end_of(module)
-    if not module.has_bias and end is None:
+    out = gemv.products(act, down, pairs, 1)
+    if not module.has_bias and end_of(module) is None:
         return gemv.summed(out, pairs, top_k, n, hidden.dtype, coef.flatten().contiguous())
     each = gemv.summed(out, pairs, 1, n, torch.float32)
-    if module.has_bias:
-        each = each + module.down_proj_bias[pairs.clamp(max=n - 1)]
-    if end is not None:
-        each = end(each.to(hidden.dtype))
+    each = _ended(module, each.to(hidden.dtype), pairs.clamp(max=n - 1))
     each = each * (coef.flatten() * (pairs < n))[:, None]
     return each.view(*idx.shape, -1).sum(1).to(hidden.dtype)
 
@@ -113,10 +128,17 @@ def _is_swiglu(module: Any) -> bool:
     return bool(module.has_gate and plain and not module.has_bias)
 
 
-def _gate(module: Any, up: Float[Tensor, "pairs R"], pairs: Tensor) -> Float[Tensor, "pairs F"]:
+def _gate(module: Any, up: Float[Tensor, "pairs R"], expert: Tensor) -> Float[Tensor, "pairs F"]:
     """What enters the down projection, by the family's own function."""
     if module.has_bias:
-        first = getattr(module, f"{first_matrix(module)}_bias")
-        up = up + first[pairs.clamp(max=len(first) - 1)]
+        up = up + getattr(module, f"{first_matrix(module)}_bias")[expert]
     act: Tensor = module._apply_gate(up) if module.has_gate else module.act_fn(up)
     return act
+
+
+def _ended(module: Any, out: Float[Tensor, "pairs H"], expert: Tensor) -> Float[Tensor, "pairs H"]:
+    """What comes after the down projection, before the coefficients."""
+    if module.has_bias:
+        out = out + module.down_proj_bias[expert]
+    end = end_of(module)
+    return out if end is None else end(out)

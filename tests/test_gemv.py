@@ -20,6 +20,7 @@ pytest.importorskip("triton", reason="triton is made for Linux")
 
 from moecule import forward, gpu
 from moecule.kernels import gemv, unpack
+from moecule.kernels.grouped import Sorted, grouped
 from moecule.kernels.matrices import Matrices
 from moecule.packed import Packed, pack
 from moecule.plan import Keep
@@ -161,10 +162,43 @@ def test_groups_that_the_kernels_cannot_tell_apart_are_not_served():
     assert Matrices.of([random_packed(2, 4, 96, 500)]).group == 128  # all columns are one group
 
 
+def test_sorted_pairs_are_cut_into_tiles_of_one_expert():
+    idx = torch.tensor([2, 0, 5, 2, 2, 5, 0, 4] * 12, device=DEVICE)  # 5 is nobody
+    found = Sorted.of(idx, 5)
+    seen = []
+    for e, first, count in found.tiles.tolist():
+        pairs = found.order[first : first + count]
+        assert count <= found.tokens and (idx[pairs] == e).all()
+        seen += pairs.tolist()
+    assert sorted(seen) == (idx != 5).nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 60])
+@pytest.mark.parametrize(("columns", "group"), [(200, 128), (96, 32)])
+def test_grouped_products_are_those_of_unpacked_weights(
+    columns, group, tokens, fenced, monkeypatch
+):
+    poisoned(monkeypatch)
+    weights = [random_packed(bits, 21, columns, group) for bits in MIXED]
+    of, x = matrices(weights), normal(tokens, columns)
+    g = torch.Generator().manual_seed(0)
+    idx = torch.stack([torch.randperm(6, generator=g)[:2] for _ in range(tokens)]).to(DEVICE)
+    pairs = Sorted.of(idx.flatten(), 5)
+    y = grouped(x, pairs.order // 2, of, pairs)
+    for place, pair in enumerate(pairs.order.tolist()):
+        e = int(idx.flatten()[pair])
+        if e == 5:
+            assert y[place].isnan().all()  # not a row of it was computed
+        else:
+            want = weights[e].dequantize() @ x[pair // 2]
+            torch.testing.assert_close(y[place], want, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "nemotron_h"])
-@pytest.mark.parametrize("how", ["exact", "int8", "unpacked"])
+@pytest.mark.parametrize("how", ["exact", "int8", "grouped", "unpacked"])
 def test_experts_do_what_torch_makes_of_them(name, how, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "FEW_PAIRS", 0 if how == "unpacked" else 1000)
+    monkeypatch.setattr(gpu, "FEW_PAIRS", 1000 if how in ("exact", "int8") else 0)
+    monkeypatch.setattr(gpu, "MANY_PAIRS", 0 if how == "unpacked" else 1000)
     streamed = tiny.stream(checkpoint(name))
     plan = tiny.plan(streamed, lambda i, e: Keep(MIXED[e % len(MIXED)], 32))
     tiny.write(streamed, plan, tmp_path / "out", tiny.tokens(2))

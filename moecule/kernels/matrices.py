@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 
 import torch
 from jaxtyping import Int64
@@ -31,7 +33,7 @@ class Matrices:
     rows: int
     columns: int
     group: int
-    parts: int  # all parts that occur, of 1, 2, 4, 8 bits, in one number
+    widths: tuple[int, ...]  # all that occur
     keeps: tuple[Tensor, ...]  # what the table points into must outlive it
 
     @staticmethod
@@ -43,19 +45,24 @@ class Matrices:
         if not alike or group not in GROUPS:
             return None
         base, halves = first.codes.data_ptr(), first.scale.data_ptr()
-        table, keeps, parts = [], [], 0
+        table, keeps = [], []
         for w in weights:
             zero = w.scale if w.zero is None else w.zero  # 1/2 is not stored, and not read
             places = [(t.data_ptr() - halves) // 2 for t in (w.scale, zero)]
             table.append([(w.codes.data_ptr() - base) // 4, *places, w.bits])
             keeps += [w.codes, w.scale, zero]
-            parts |= w.bits
         at = torch.tensor(table, dtype=torch.int64, device=first.codes.device)
         rows, columns = first.codes.shape[0], first.columns
-        return Matrices(at, first.codes, first.scale, rows, columns, group, parts, tuple(keeps))
+        widths = tuple(sorted({w.bits for w in weights}))
+        return Matrices(at, first.codes, first.scale, rows, columns, group, widths, tuple(keeps))
 
     def __len__(self) -> int:
         return len(self.table)
+
+    @property
+    def parts(self) -> int:
+        """All parts that occur, of 1, 2, 4, 8 bits, in one number."""
+        return reduce(or_, self.widths)
 
     @property
     def aligned(self) -> bool:

@@ -18,60 +18,94 @@ from moecule.kernels.matrices import Matrices, launching
 
 @triton.jit
 @no_type_check
-def _codes(at, column, there, b: tl.constexpr):
-    """The parts of b bits of some columns; `at` points to the beginnings of rows."""
-    each: tl.constexpr = 32 // b
-    word = tl.load(at[:, None] + (column // each)[None, :], mask=there, other=0)
-    return (word >> ((column % each) * b)[None, :]) & ((1 << b) - 1)
+def codes_of(
+    at, block, there, blocks, rows: tl.constexpr, n: tl.constexpr, b: tl.constexpr
+):  # fmt: skip
+    """[rows, 32 n]: the parts of b bits of n blocks; `at` points to the beginnings of the part's rows."""
+    word = block * b + tl.arange(0, n * b)
+    inside = there[:, None] & (word < blocks * b)[None, :]
+    words = tl.load(at[:, None] + word[None, :], mask=inside, other=0)
+    shift = tl.arange(0, 32 // b) * b
+    codes = (words[:, :, None] >> shift[None, None, :]) & ((1 << b) - 1)
+    return tl.reshape(codes, (rows, 32 * n))
+
+
+@triton.jit
+@no_type_check
+def codes_at(
+    at, block, there, blocks, rows: tl.constexpr, n: tl.constexpr, bits: tl.constexpr
+):  # fmt: skip
+    """[rows, 32 n]: the codes of n blocks; the widest part comes first in a row, with the lowest bits."""
+    if bits == 8:
+        q = codes_of(at, block, there, blocks, rows, n, 8)
+    else:
+        q = tl.zeros((rows, 32 * n), tl.int32)
+        if bits & 4:
+            q = codes_of(at, block, there, blocks, rows, n, 4)
+        if bits & 2:
+            low: tl.constexpr = bits & 4
+            q |= codes_of(at + low * blocks, block, there, blocks, rows, n, 2) << low
+        if bits & 1:
+            under: tl.constexpr = bits & 6
+            q |= codes_of(at + under * blocks, block, there, blocks, rows, n, 1) << under
+    return q
+
+
+@triton.jit
+@no_type_check
+def spread(
+    at, block, there, groups, other, rows: tl.constexpr, n: tl.constexpr, group: tl.constexpr
+):
+    """What a group of columns shares, in float32, for n blocks: [rows, 32 n], or [rows, 1] if one does."""
+    if group >= 32 * n:
+        shared = tl.load(at + (block * 32) // group, mask=there, other=other)
+        return shared.to(tl.float32)[:, None]
+    else:
+        count: tl.constexpr = 32 * n // group
+        g = (block * 32) // group + tl.arange(0, count)
+        inside = there[:, None] & (g < groups)[None, :]
+        shared = tl.load(at[:, None] + g[None, :], mask=inside, other=other).to(tl.float32)
+        each = tl.broadcast_to(shared[:, :, None], (rows, count, group))
+        return tl.reshape(each, (rows, 32 * n))
 
 
 @triton.jit
 @no_type_check
 def _unpack_kernel(
     table_ptr, codes_ptr, scale_ptr, out_ptr, m, columns, blocks,
-    parts: tl.constexpr, group: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
+    widths: tl.constexpr, group: tl.constexpr, rows: tl.constexpr, n: tl.constexpr,
 ):  # fmt: skip
-    """Program (rows, columns, matrix)."""
+    """Program (rows, n blocks, matrix)."""
     row = (tl.program_id(0) * rows + tl.arange(0, rows)).to(tl.int64)
-    column = tl.program_id(1) * width + tl.arange(0, width)
-    e = tl.program_id(2).to(tl.int64)
-    there = (row < m)[:, None] & (column < columns)[None, :]
+    block, e = tl.program_id(1) * n, tl.program_id(2).to(tl.int64)
+    there = row < m
     bits = tl.load(table_ptr + e * 4 + 3).to(tl.int32)
     codes = codes_ptr + tl.load(table_ptr + e * 4) + row * (blocks * bits)
-    q = tl.zeros((rows, width), tl.int32)
-    # the widest part comes first in a row and holds the lowest bits
-    if parts & 8:
-        if bits & 8:
-            q += _codes(codes, column, there, 8)
-    if parts & 4:
-        if bits & 4:
-            q += _codes(codes, column, there, 4)
-    if parts & 2:
-        if bits & 2:
-            low = bits & 4
-            q += _codes(codes + low * blocks, column, there, 2) << low
-    if parts & 1:
-        if bits & 1:
-            low = bits & 6
-            q += _codes(codes + low * blocks, column, there, 1) << low
+    q = tl.zeros((rows, 32 * n), tl.int32)
+    for b in tl.static_range(1, 9):
+        if widths & (1 << b):
+            if bits == b:
+                q = codes_at(codes, block, there, blocks, rows, n, b)
     groups = (columns + group - 1) // group
-    of = row[:, None] * groups + (column // group)[None, :]
-    scale = tl.load(scale_ptr + tl.load(table_ptr + e * 4 + 1) + of, mask=there, other=0.0)
-    zero_at = scale_ptr + tl.load(table_ptr + e * 4 + 2) + of
-    zero = tl.load(zero_at, mask=there & (bits != 1), other=0.5)
-    w = (q.to(tl.float32) - zero.to(tl.float32)) * scale.to(tl.float32)
+    scale_at = scale_ptr + tl.load(table_ptr + e * 4 + 1) + row * groups
+    zero_at = scale_ptr + tl.load(table_ptr + e * 4 + 2) + row * groups
+    scale = spread(scale_at, block, there, groups, 0.0, rows, n, group)
+    zero = spread(zero_at, block, there & (bits != 1), groups, 0.5, rows, n, group)
+    w = (q.to(tl.float32) - zero) * scale
+    column = block * 32 + tl.arange(0, 32 * n)
     out = out_ptr + (e * m + row)[:, None] * columns + column[None, :]
-    tl.store(out, w.to(out_ptr.dtype.element_ty), mask=there)
+    inside = there[:, None] & (column < columns)[None, :]
+    tl.store(out, w.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def unpacked(of: Matrices, dtype: torch.dtype) -> Float[Tensor, "E M N"]:
     """The weights that the codes stand for."""
     out = torch.empty(len(of), of.rows, of.columns, dtype=dtype, device=of.codes.device)
-    rows, width = 8, 256
-    grid = (triton.cdiv(of.rows, rows), triton.cdiv(of.columns, width), len(of))
+    rows, n = 32, 4
+    grid = (triton.cdiv(of.rows, rows), triton.cdiv(of.blocks, n), len(of))
     with launching(of.codes):
         _unpack_kernel[grid](
             of.table, of.codes, of.scale, out, of.rows, of.columns, of.blocks,
-            parts=of.parts, group=of.group, rows=rows, width=width, num_warps=4,
+            widths=sum(1 << b for b in of.widths), group=of.group, rows=rows, n=n, num_warps=4,
         )  # fmt: skip
     return out
