@@ -24,15 +24,10 @@ from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
 from moecule.kernels.matrices import Matrices, launching
+from moecule.kernels.rounding import rint
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 ORDERS = 4  # of the activations' bytes: for parts of 1, 2, 4 and 8 bits
-
-
-@triton.jit
-@no_type_check
-def _rint(x):
-    return (x + 12582912.0) - 12582912.0
 
 
 @triton.jit
@@ -80,7 +75,7 @@ def _put_rounded(x, x8_ptr, d_ptr, s_ptr, row, block, blocks, parts: tl.constexp
     """Round blocks of 32 activations [n, 32] to int8 and store them in the orders that `parts` names."""
     most = tl.max(tl.abs(x), 1)
     d = most / 127.0
-    q = _rint(tl.where((d > 0)[:, None], x / tl.where(d > 0, d, 1.0)[:, None], 0.0)).to(tl.int32)
+    q = rint(tl.where((d > 0)[:, None], x / tl.where(d > 0, d, 1.0)[:, None], 0.0)).to(tl.int32)
     there = block < blocks
     tl.store(d_ptr + row * blocks + block, d, mask=there)
     tl.store(s_ptr + row * blocks + block, tl.sum(q, 1).to(tl.float32) * d, mask=there)

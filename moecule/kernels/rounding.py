@@ -19,7 +19,8 @@ TINY = tl.constexpr(2.0**-24)
 
 @triton.jit
 @no_type_check
-def _rint(x):
+def rint(x):
+    """The nearest whole number, halves to even."""
     # beside this number floats are whole, so the sum is rounded to even; larger x are clamped anyway
     return (x + 12582912.0) - 12582912.0
 
@@ -39,7 +40,7 @@ def _storable_zero(zero):
 @triton.jit
 @no_type_check
 def _nearest(w, scale, zero, top):
-    q = _rint(tl.div_rn(w, scale[:, None]) + zero[:, None])
+    q = rint(tl.div_rn(w, scale[:, None]) + zero[:, None])
     return tl.minimum(tl.maximum(q, 0.0), top)
 
 
@@ -154,7 +155,7 @@ def _levels_kernel(
     scale = tl.load(scale_ptr + of, mask=inside, other=1.0)
     zero = tl.load(zero_ptr + of, mask=inside, other=0.0)
     top = tl.load(top_ptr + at)
-    q = tl.minimum(tl.maximum(_rint(tl.div_rn(w, scale) + zero), 0.0), top)
+    q = tl.minimum(tl.maximum(rint(tl.div_rn(w, scale) + zero), 0.0), top)
     q = tl.where(top == 1.0, tl.where(w >= 0, 1.0, 0.0), q)
     out = ((q - zero) * scale).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + at.to(tl.int64) * rows * columns + here, out, mask=inside)
@@ -199,7 +200,7 @@ def _columns_kernel(
     for j in range(n):
         here = column[None, :] == j
         value = tl.sum(tl.where(here, w, 0.0), 1)
-        code = _rint(tl.div_rn(value, scale) + zero)
+        code = rint(tl.div_rn(value, scale) + zero)
         code = tl.minimum(tl.maximum(code, 0.0), top)
         u = tl.load(u_ptr + expert * u_expert + j * u_row + column, mask=column < n, other=0.0)
         pivot = tl.sum(tl.where(column == j, u, 0.0), 0)
