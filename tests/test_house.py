@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -144,7 +145,10 @@ def test_the_papers_recipes_skip_online(name):
 
 
 def test_examples_in_docstrings_are_true():
-    modules = [importlib.import_module(f"moecule.{p.stem}") for p in ROOT.glob("[a-z]*.py")]
+    names = {p.stem for p in ROOT.glob("[a-z]*.py")}
+    if importlib.util.find_spec("triton") is None:  # it is made for Linux
+        names.remove("gpu")
+    modules = [importlib.import_module(f"moecule.{name}") for name in sorted(names)]
     found = [doctest.testmod(m) for m in modules]
     assert sum(r.attempted for r in found) > 0
     assert sum(r.failed for r in found) == 0
