@@ -65,7 +65,7 @@ def write_model(shape: dict[str, Any], layers: int, folder: Path) -> None:
     model.config.save_pretrained(folder)
     for file in (ASSETS / "model").glob("tok*"):
         shutil.copy(file, folder)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = Compute().torch_device()
     draw = torch.Generator(device=device).manual_seed(0)
     by_file: dict[str, dict[str, Any]] = defaultdict(dict)
     for name, place in model.state_dict().items():
@@ -115,15 +115,20 @@ def timed(folder: Path, out: Path, args: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": seconds, "seconds_by_step": by_step, "peak_memory": peak_memory()}
 
 
+def usual(steps: list[float], layers: int) -> float:
+    """Of a layer in every pass, up or down, the median; a pass's first holds what is no layer's."""
+    passes = [steps[i : i + layers] for i in range(0, len(steps), layers)]
+    return sum(median(of[1:]) for of in passes)
+
+
 def a_layer(runs: dict[int, dict[str, Any]]) -> dict[str, float]:
     """Seconds that one layer more takes."""
     (a, first), (b, second) = runs.items()
     steps = second["seconds_by_step"]
-    ways = [steps["calibrate"][i : i + b] for i in range(0, len(steps["calibrate"]), b)]  # up, down
     checks = [r["seconds"]["apply"] - sum(r["seconds_by_step"]["apply"]) for r in (first, second)]
     return {
-        "calibrate": sum(median(way[1:]) for way in ways),
-        "apply": median(steps["apply"][1:]),
+        "calibrate": usual(steps["calibrate"], b),
+        "apply": usual(steps["apply"], b),
         "check": (checks[1] - checks[0]) / (b - a),
     }
 
@@ -141,7 +146,7 @@ def main() -> None:
     parser.add_argument("--dir", default=None)
     parser.add_argument("-o", "--out", required=True)
     args = parser.parse_args()
-    shape, device = SHAPES[args.shape], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shape, device = SHAPES[args.shape], Compute().torch_device()
     runs: dict[int, dict[str, Any]] = {}
     for layers in args.layers:
         with tempfile.TemporaryDirectory(dir=args.dir) as scratch:

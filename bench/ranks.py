@@ -17,13 +17,12 @@ import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
 import moecule
-from bench.full_size import SHAPES, write_model
+from bench.full_size import SHAPES, usual, write_model
 from moecule.measure import device_name
 from moecule.session import Compute
 from moecule.stats import load_stats
@@ -45,7 +44,7 @@ def run(model: str, out: str, data: str, changes: str) -> None:
         print(json.dumps([b - a for a, b in pairwise(marks)]))
 
 
-def measured(processes: int, *given: str) -> dict[str, Any]:
+def measured(processes: int, layers: int, *given: str) -> dict[str, Any]:
     """Seconds of the whole and of a layer. Raises SystemExit where a process fails."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command += [str(processes), "-m", "bench.ranks", "run", *given]
@@ -54,12 +53,11 @@ def measured(processes: int, *given: str) -> dict[str, Any]:
     if said.returncode:
         raise SystemExit(said.stderr[:3000])
     steps = json.loads(said.stdout.strip().splitlines()[-1])
-    up, down = steps[: len(steps) // 2], steps[len(steps) // 2 :]
     return {
         "command_s": time.perf_counter() - start,
-        "layer_s": median(up[1:]) + median(down[1:]),
-        "up_s": up,
-        "down_s": down,
+        "layer_s": usual(steps, layers),
+        "up_s": steps[:layers],
+        "down_s": steps[layers:],
     }
 
 
@@ -93,11 +91,14 @@ def main() -> None:
         model.mkdir()
         write_model(SHAPES[args.shape], args.layers, model)
         torch.cuda.empty_cache()
-        runs = {n: measured(n, str(model), str(f), args.data, changes) for n, f in folders.items()}
+        runs = {
+            n: measured(n, args.layers, str(model), str(out), args.data, changes)
+            for n, out in folders.items()
+        }
         gap = furthest(*folders.values())
     made = {
         **vars(args),
-        "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "device": device_name(Compute().torch_device()),
         "runs": runs,
         "times_as_fast": runs[1]["layer_s"] / runs[args.processes]["layer_s"],
         "furthest_sum": gap,

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moecule.kernels import cpu
-from moecule.moe import end_of, first_matrix
+from moecule.moe import activated, ended
 from moecule.packed import Packed, packed_of
 
 
@@ -73,18 +73,13 @@ def _run(
 ) -> Float[Tensor, "t H"]:
     """Outputs of some experts, each for its own tokens, before the coefficients."""
     counts = [len(t) for t in tokens.values()]
+    expert = None
+    if module.has_bias:
+        of_pairs = [e for e, n in zip(tokens, counts, strict=True) for _ in range(n)]
+        expert = torch.tensor(of_pairs, device=hidden.device)
     up = _product(module, "gate_up", hidden[torch.cat([*tokens.values()])], [*tokens], counts)
-    if module.has_bias:
-        up = up + _spread(getattr(module, f"{first_matrix(module)}_bias"), tokens)
-    act = module._apply_gate(up) if module.has_gate else module.act_fn(up)
-    out, end = _product(module, "down", act, [*tokens], counts), end_of(module)
-    if module.has_bias:
-        out = out + _spread(module.down_proj_bias, tokens)
-    return out if end is None else end(out)
-
-
-def _spread(bias: Float[Tensor, "E M"], tokens: Mapping[int, Tensor]) -> Float[Tensor, "_t M"]:
-    return torch.cat([bias[e].expand(len(t), -1) for e, t in tokens.items()])
+    act = activated(module, up, expert)
+    return ended(module, _product(module, "down", act, [*tokens], counts), expert)
 
 
 def _product(

@@ -6,6 +6,7 @@ Nothing here waits for the GPU, so all of it can be captured in a CUDA graph.
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_
 from moecule.kernels import gemv, unpack
 from moecule.kernels.grouped import Sorted, grouped
 from moecule.kernels.matrices import Matrices
-from moecule.moe import end_of, first_matrix
+from moecule.moe import activated, end_of, ended, first_matrix
 from moecule.packed import packed_of
 
 FEW_PAIRS = 4  # an expert, up to which reading codes anew for every pair is fastest
@@ -71,8 +72,8 @@ def _grouped(
     by_expert = Sorted.of(pairs, n)
     order = by_expert.order
     expert, places = pairs[order].clamp(max=n - 1), torch.arange(len(order), device=order.device)
-    act = _gate(module, grouped(hidden, order // idx.shape[1], up, by_expert), expert)
-    out = _ended(module, grouped(act, places, down, by_expert), expert)
+    act = activated(module, grouped(hidden, order // idx.shape[1], up, by_expert), expert)
+    out = ended(module, grouped(act, places, down, by_expert), expert)
     each = out[torch.empty_like(order).scatter_(0, order, places)]
     each = torch.where((pairs < n)[:, None], each * coef.flatten()[:, None], 0)  # or never written
     return each.view(*idx.shape, -1).sum(1).to(hidden.dtype)
@@ -82,24 +83,14 @@ def _unpacked(
     module: Any, up: Matrices, down: Matrices, hidden: Tensor, idx: Tensor, coef: Tensor
 ) -> Tensor:
     """transformers' own grouped product, for as long as this takes on plain weights."""
-    first = first_matrix(module)
-    weights = {first: up, "down_proj": down}
-    own = vars(module)
+    plain = copy(module)  # the module stays as it is
+    for name, of in {first_matrix(module): up, "down_proj": down}.items():
+        weights = unpack.unpacked(of, hidden.dtype)
+        vars(plain)[name] = weights.mT if module.is_transposed else weights
     # an expert that is not there means no product, as where others have the other experts
-    before = (
-        {"_is_expert_parallel": own["_is_expert_parallel"]} if "_is_expert_parallel" in own else {}
-    )
-    own["_is_expert_parallel"] = True
-    try:
-        for name, of in weights.items():
-            plain = unpack.unpacked(of, hidden.dtype)
-            own[name] = plain.mT if module.is_transposed else plain
-        made: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, hidden, idx, coef)
-        return made
-    finally:
-        for name in ("_is_expert_parallel", *weights):
-            own.pop(name, None)
-        own.update(before)
+    vars(plain)["_is_expert_parallel"] = True
+    made: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](plain, hidden, idx, coef)
+    return made
 
 
 def _few(
@@ -111,13 +102,15 @@ def _few(
     if _is_swiglu(module) and not module.exact:
         act = gemv.gated(y, down, pairs, n)
     else:
-        plain = _gate(module, gemv.summed(y, pairs, 1, n, torch.float32), pairs.clamp(max=n - 1))
+        plain = activated(
+            module, gemv.summed(y, pairs, 1, n, torch.float32), pairs.clamp(max=n - 1)
+        )
         act = plain if module.exact else gemv.rounded(plain, down)
     out = gemv.products(act, down, pairs, 1)
     if not module.has_bias and end_of(module) is None:
         return gemv.summed(out, pairs, top_k, n, hidden.dtype, coef.flatten().contiguous())
     each = gemv.summed(out, pairs, 1, n, torch.float32)
-    each = _ended(module, each.to(hidden.dtype), pairs.clamp(max=n - 1))
+    each = ended(module, each.to(hidden.dtype), pairs.clamp(max=n - 1))
     each = each * (coef.flatten() * (pairs < n))[:, None]
     return each.view(*idx.shape, -1).sum(1).to(hidden.dtype)
 
@@ -126,19 +119,3 @@ def _is_swiglu(module: Any) -> bool:
     """silu(gate) * up, the gate's rows before those of up, and nothing added."""
     plain = type(module)._apply_gate is _default_apply_gate and isinstance(module.act_fn, nn.SiLU)
     return bool(module.has_gate and plain and not module.has_bias)
-
-
-def _gate(module: Any, up: Float[Tensor, "pairs R"], expert: Tensor) -> Float[Tensor, "pairs F"]:
-    """What enters the down projection, by the family's own function."""
-    if module.has_bias:
-        up = up + getattr(module, f"{first_matrix(module)}_bias")[expert]
-    act: Tensor = module._apply_gate(up) if module.has_gate else module.act_fn(up)
-    return act
-
-
-def _ended(module: Any, out: Float[Tensor, "pairs H"], expert: Tensor) -> Float[Tensor, "pairs H"]:
-    """What comes after the down projection, before the coefficients."""
-    if module.has_bias:
-        out = out + module.down_proj_bias[expert]
-    end = end_of(module)
-    return out if end is None else end(out)

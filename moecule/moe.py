@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moecule.errors import CheckpointError
-from moecule.experts import Experts
+from moecule.experts import Experts, Gate
 from moecule.family import Family
 
 
@@ -92,6 +92,34 @@ def end_of(module: Any) -> Callable[[Tensor], Tensor] | None:
     return module.post_expert_norm if vars(module).get("has_post_expert_norm") else None
 
 
+def gate_of(module: Any) -> Gate:
+    """The family's own function between an expert's matrices."""
+    gate: Gate = module._apply_gate if module.has_gate else module.act_fn
+    return gate
+
+
+def activated(
+    module: Any, up: Float[Tensor, "pairs R"], expert: Int[Tensor, " pairs"] | None
+) -> Float[Tensor, "pairs F"]:
+    """What enters the down projection, of what the first matrix of each pair's expert gave.
+
+    `expert` is read where there are biases.
+    """
+    if module.has_bias:
+        up = up + getattr(module, f"{first_matrix(module)}_bias")[expert]
+    return gate_of(module)(up)
+
+
+def ended(
+    module: Any, out: Float[Tensor, "pairs H"], expert: Int[Tensor, " pairs"] | None
+) -> Float[Tensor, "pairs H"]:
+    """What an expert gives, of what its down projection gave, before the coefficients."""
+    if module.has_bias:
+        out = out + module.down_proj_bias[expert]
+    end = end_of(module)
+    return out if end is None else end(out)
+
+
 class _PickedError(Exception):
     """The router has picked; the rest of the block need not run."""
 
@@ -118,7 +146,7 @@ def experts_of(module: Any) -> Experts:
     up, down = getattr(module, first).data, module.down_proj.data
     if module.is_transposed:
         up, down = up.mT, down.mT
-    gate = module._apply_gate if module.has_gate else module.act_fn
+    gate = gate_of(module)
     if not module.has_bias:
         return Experts(up, down, gate, end=end_of(module))
     biases = getattr(module, f"{first}_bias").data, module.down_proj_bias.data

@@ -26,11 +26,6 @@ columns_of = st.sampled_from([1, 7, 31, 32, 33, 64, 96, 200])
 group_of = st.sampled_from([3, 16, 24, 32, 64, 128, 500])
 
 
-def normal(*shape: int) -> Tensor:
-    """The same numbers every time."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
 def random_packed(bits: int, rows: int, columns: int, group: int, seed: int) -> Packed:
     """Scales down to those that have no exponent of their own, and of either sign."""
     g = torch.Generator().manual_seed(seed)
@@ -54,7 +49,7 @@ def test_unpacking_is_the_reference_bit_for_bit(form, bits, rows, columns, group
 @given(bits_of, rows_of, columns_of, group_of, st.lists(st.integers(1, 9), min_size=1, max_size=4))
 def test_products_are_the_references_to_rounding(form, bits, rows, columns, group, counts):
     weights = [random_packed(bits, rows, columns, group, seed) for seed in range(len(counts))]
-    x = normal(sum(counts), columns)
+    x = tiny.normal(sum(counts), columns)
     got = cpu.multiply([cpu.Job.of(w) for w in weights], x, counts, rows, form=form)
     for y, part, w in zip(got.split(counts), x.split(counts), weights, strict=True):
         exact = w.dequantize().double()
@@ -76,7 +71,7 @@ def test_whole_numbers_come_out_exactly(form):
 
 def test_widths_mix_in_one_call():
     weights = [random_packed(bits, 40, 96, 32, bits) for bits in (3, 1, 8, 2)]
-    x = normal(7, 96)
+    x = tiny.normal(7, 96)
     counts = [1, 4, 0, 2]
     got = cpu.multiply([cpu.Job.of(w) for w in weights], x, counts, 40).split(counts)
     for y, part, w, n in zip(got, x.split(counts), weights, counts, strict=True):
@@ -86,21 +81,13 @@ def test_widths_mix_in_one_call():
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_threads_change_no_bit(exact):
-    packed, x = random_packed(3, 300, 200, 64, 0), normal(5, 200)
+    packed, x = random_packed(3, 300, 200, 64, 0), tiny.normal(5, 200)
     outs = []
     for n in (1, 2):
         torch.set_num_threads(n)
         outs.append(cpu.multiply([cpu.Job.of(packed)], x, [5], 300, exact=exact))
     torch.set_num_threads(1)
     assert torch.equal(*outs)
-
-
-def in_eighths(shape: tuple[int, int], seed: int) -> Tensor:
-    """Activations that int8 holds exactly: whole eighths, 127 of them in every 32 columns."""
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randint(-127, 128, shape, generator=g)
-    x[:, ::32] = 127
-    return x / 8
 
 
 @given(
@@ -112,7 +99,7 @@ def in_eighths(shape: tuple[int, int], seed: int) -> Tensor:
 )
 def test_rounded_activations_give_what_they_stand_for(bits, rows, columns, group, counts):
     weights = [random_packed(bits, rows, columns, group, seed) for seed in range(len(counts))]
-    x = in_eighths((sum(counts), columns), 0)
+    x = tiny.in_eighths((sum(counts), columns), 0)
     jobs = [cpu.Job.of(w) for w in weights]
     got = cpu.multiply(jobs, x, counts, rows, exact=False)
     for y, part, w in zip(got.split(counts), x.split(counts), weights, strict=True):
@@ -124,7 +111,7 @@ def test_rounded_activations_give_what_they_stand_for(bits, rows, columns, group
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_rounding_activations_costs_less_than_two_percent(bits):
-    packed, x = random_packed(bits, 64, 1024, 64, bits), normal(4, 1024)
+    packed, x = random_packed(bits, 64, 1024, 64, bits), tiny.normal(4, 1024)
     jobs = [cpu.Job.of(packed)]
     rounded, exact = (cpu.multiply(jobs, x, [4], 64, exact=how) for how in (False, True))
     off = float((rounded - exact).norm() / exact.norm())
@@ -139,7 +126,7 @@ def test_activations_that_are_all_zero_stay_so():
 
 
 def test_odd_groups_are_computed_exactly():
-    packed, x = random_packed(3, 9, 96, 24, 0), normal(2, 96)
+    packed, x = random_packed(3, 9, 96, 24, 0), tiny.normal(2, 96)
     jobs = [cpu.Job.of(packed)]
     assert torch.equal(*(cpu.multiply(jobs, x, [2], 9, exact=how) for how in (False, True)))
 
@@ -147,7 +134,7 @@ def test_odd_groups_are_computed_exactly():
 @pytest.mark.parametrize("tokens", [1, cpu.FEW, cpu.FEW + 1, 100])
 def test_many_tokens_and_few_give_the_same(tokens, monkeypatch):
     monkeypatch.setattr(cpu, "BLOCK_BYTES", 4 * 96 * 7)  # several blocks of seven rows
-    packed, x = random_packed(2, 40, 96, 32, 0), normal(tokens, 96)
+    packed, x = random_packed(2, 40, 96, 32, 0), tiny.normal(tokens, 96)
     exact = packed.dequantize().double()
     want, most = x.double() @ exact.mT, x.abs().double() @ exact.abs().mT
     assert ((cpu.linear(x, packed) - want).abs() <= 1e-6 * most).all()
@@ -208,7 +195,7 @@ def test_a_linear_keeps_its_shape_and_bias():
     bias = layer.bias.data.clone()
     runtime.prepare_weight(layer, Keep(4, 16))
     runtime.fill_weight(layer, packed)
-    x = normal(2, 3, 48)
+    x = tiny.normal(2, 3, 48)
     with torch.no_grad():
         want = x @ packed.dequantize().mT + bias
         torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-4)
@@ -220,7 +207,7 @@ def test_gradients_pass_through_packed_weights():
     packed = random_packed(3, 8, 32, 16, 0)
     runtime.prepare_weight(layer, Keep(3, 16))
     runtime.fill_weight(layer, packed)
-    x = normal(1, 32).requires_grad_()
+    x = tiny.normal(1, 32).requires_grad_()
     (grad,) = torch.autograd.grad(layer(x).sum(), x)
     want = packed.dequantize().sum(0, keepdim=True)
     torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-4)
@@ -230,7 +217,7 @@ def test_without_a_compiler_plain_torch_runs_and_says_so_once(tmp_path, monkeypa
     monkeypatch.setenv("CC", str(tmp_path / "no-such-compiler"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cpu.library.cache_clear()
-    packed, x = random_packed(3, 5, 64, 32, 0), normal(2, 64)
+    packed, x = random_packed(3, 5, 64, 32, 0), tiny.normal(2, 64)
     try:
         with pytest.warns(UserWarning, match="plain torch.*no-such-compiler.*install a C compiler"):
             got = forward.times(x, packed)

@@ -32,11 +32,6 @@ MIXED = (2, 1, 3, 8, 4)
 WIDE = 1056 if DEVICE == "cuda" else 544  # columns: more than one step of the loop
 
 
-def normal(*shape: int) -> Tensor:
-    """The same numbers every time."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-
-
 def random_packed(bits: int, rows: int, columns: int, group: int) -> Packed:
     """Scales of either sign."""
     g = torch.Generator().manual_seed(bits)
@@ -46,13 +41,6 @@ def random_packed(bits: int, rows: int, columns: int, group: int) -> Packed:
     halves = None if bits == 1 else (zero * 2**bits).to(DEVICE)
     words = pack(codes, bits).to(DEVICE)
     return Packed(words, scale.to(DEVICE), halves, bits, group, columns)
-
-
-def in_eighths(rows: int, columns: int) -> Tensor:
-    """Activations that int8 holds exactly: whole eighths, 127 of them in every 32 columns."""
-    x = torch.randint(-127, 128, (rows, columns), generator=torch.Generator().manual_seed(0))
-    x[:, ::32] = 127
-    return (x / 8).to(DEVICE)
 
 
 def matrices(weights: list[Packed]) -> Matrices:
@@ -119,7 +107,7 @@ def fenced(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_widths_mix_in_one_launch(columns, group, cut, exact, monkeypatch, fenced):
     poisoned(monkeypatch)
     weights = [random_packed(bits, 21, columns, group) for bits in MIXED]
-    of, x = matrices(weights), in_eighths(2, columns)
+    of, x = matrices(weights), tiny.in_eighths((2, columns), 0).to(DEVICE)
     idx = torch.tensor([0, 1, 5, 4, 3, 2], device=DEVICE)  # 5 is nobody: skipped
     y = gemv.products(x if exact else gemv.rounded(x, of), of, idx, 3, cut)
     each = gemv.summed(y, idx, 1, len(of), torch.float32)
@@ -143,7 +131,7 @@ def test_whole_numbers_come_out_exactly():
             ones = torch.ones(9, 5, device=DEVICE).half()
             zero = None if bits == 1 else 3 * ones
             packed = Packed(pack(codes, bits).to(DEVICE), 2 * ones, zero, bits, 32, 160)
-            x = in_eighths(2, 160)
+            x = tiny.in_eighths((2, 160), 0).to(DEVICE)
             want = (x.double() @ packed.dequantize().double().mT).float()
             assert torch.equal(gpu.linear(x, matrices([packed]), exact=exact), want)
 
@@ -180,7 +168,7 @@ def test_grouped_products_are_those_of_unpacked_weights(
 ):
     poisoned(monkeypatch)
     weights = [random_packed(bits, 21, columns, group) for bits in MIXED]
-    of, x = matrices(weights), normal(tokens, columns)
+    of, x = matrices(weights), tiny.normal(tokens, columns).to(DEVICE)
     g = torch.Generator().manual_seed(0)
     idx = torch.stack([torch.randperm(6, generator=g)[:2] for _ in range(tokens)]).to(DEVICE)
     pairs = Sorted.of(idx.flatten(), 5)
@@ -205,7 +193,7 @@ def test_experts_do_what_torch_makes_of_them(name, how, checkpoint, tmp_path, mo
     model = tiny.load(tmp_path / "out").to(DEVICE)
     module = next(m for m in model.modules() if hasattr(m, "slots"))
     n = module.num_experts
-    hidden = normal(3, module.packed[module.slots[0][0]].shapes["gate_up"][1])
+    hidden = tiny.normal(3, module.packed[module.slots[0][0]].shapes["gate_up"][1]).to(DEVICE)
     idx = torch.tensor([[0, 1], [n - 1, 0], [1, n]], device=DEVICE)  # n is nobody
     coef = torch.tensor([[0.7, 0.3], [0.5, 0.5], [0.9, 0.1]], device=DEVICE)
     with torch.no_grad():

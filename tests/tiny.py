@@ -59,6 +59,19 @@ def tokens(n: int = 1, seed: int = 0, shape: tuple[int, int] = (2, 20)) -> list[
     return [torch.randint(1, 64, shape, generator=g) for _ in range(n)]
 
 
+def normal(*shape: int) -> Tensor:
+    """The same numbers every time."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def in_eighths(shape: tuple[int, int], seed: int) -> Tensor:
+    """Activations that int8 holds exactly: whole eighths, 127 of them in every 32 columns."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randint(-127, 128, shape, generator=g)
+    x[:, ::32] = 127
+    return x / 8
+
+
 def stream(folder: Path, dtype: torch.dtype = torch.float32) -> Streamed:
     """The checkpoint, to walk through."""
     streamed = open_model(Checkpoint.open(folder), dtype, torch.device("cpu"))

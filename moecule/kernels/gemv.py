@@ -80,14 +80,9 @@ def _put_rounded(x, x8_ptr, d_ptr, s_ptr, row, block, blocks, parts: tl.constexp
     tl.store(d_ptr + row * blocks + block, d, mask=there)
     tl.store(s_ptr + row * blocks + block, tl.sum(q, 1).to(tl.float32) * d, mask=there)
     at = x8_ptr + row * 4 * blocks * 32
-    if parts & 1:
-        _put_order(q, at, block, 1, blocks)
-    if parts & 2:
-        _put_order(q, at + blocks * 32, block, 2, blocks)
-    if parts & 4:
-        _put_order(q, at + 2 * blocks * 32, block, 4, blocks)
-    if parts & 8:
-        _put_order(q, at + 3 * blocks * 32, block, 8, blocks)
+    for k in tl.static_range(4):
+        if parts & (1 << k):
+            _put_order(q, at + k * blocks * 32, block, 1 << k, blocks)
 
 
 @triton.jit
@@ -186,49 +181,6 @@ def _part(
 
 @triton.jit
 @no_type_check
-def _rows(
-    row, m, table_ptr, e, codes_ptr, scale_ptr, x8, d_ptr, s_ptr, x_ptr, columns, blocks,
-    first_block, last_block, parts: tl.constexpr, group: tl.constexpr, rows: tl.constexpr,
-    words: tl.constexpr, exact: tl.constexpr, aligned: tl.constexpr,
-):  # fmt: skip
-    """[rows]: the given rows of expert e's matrix of m rows, times one row of activations."""
-    there, row = row < m, row.to(tl.int64)
-    bits = tl.load(table_ptr + e * 4 + 3).to(tl.int32)
-    groups = (columns + group - 1) // group
-    # where an expert's tensors begin, from where the layer's first do
-    stride, start = blocks * bits, tl.load(table_ptr + e * 4)
-    if aligned:
-        start = tl.multiple_of(start, 4)
-    codes = codes_ptr + start + row * stride
-    scale = scale_ptr + tl.load(table_ptr + e * 4 + 1) + row * groups
-    zero = scale_ptr + tl.load(table_ptr + e * 4 + 2) + row * groups
-    has_zero, kept = bits != 1, blocks * 8  # int32 of an order
-    y = tl.zeros((rows,), tl.float32)
-    if parts & 8:
-        if bits & 8:
-            y += _part(codes, scale, zero, there, has_zero, x8 + 3 * kept, d_ptr, s_ptr,
-                       x_ptr, columns, blocks, first_block, last_block, bits & 0, 8, group, rows,
-                       words, exact)  # fmt: skip
-    if parts & 4:
-        if bits & 4:
-            y += _part(codes, scale, zero, there, has_zero, x8 + 2 * kept, d_ptr, s_ptr,
-                       x_ptr, columns, blocks, first_block, last_block, bits & 8, 4, group, rows,
-                       words, exact)  # fmt: skip
-    if parts & 2:
-        if bits & 2:
-            y += _part(codes, scale, zero, there, has_zero, x8 + kept, d_ptr, s_ptr,
-                       x_ptr, columns, blocks, first_block, last_block, bits & 12, 2, group, rows,
-                       words, exact)  # fmt: skip
-    if parts & 1:
-        if bits & 1:
-            y += _part(codes, scale, zero, there, has_zero, x8, d_ptr, s_ptr,
-                       x_ptr, columns, blocks, first_block, last_block, bits & 14, 1, group, rows,
-                       words, exact)  # fmt: skip
-    return y
-
-
-@triton.jit
-@no_type_check
 def _product_kernel(
     x8_ptr, d_ptr, s_ptr, x_ptr, table_ptr, codes_ptr, scale_ptr, idx_ptr, y_ptr,
     m, columns, blocks, experts, pairs, share, run,
@@ -236,21 +188,34 @@ def _product_kernel(
     exact: tl.constexpr, aligned: tl.constexpr,
 ):  # fmt: skip
     """Program (rows, pair, split): `run` blocks of columns of the pair's expert."""
-    row = tl.program_id(0) * rows + tl.arange(0, rows)
-    pair, split = tl.program_id(1), tl.program_id(2)
+    row = (tl.program_id(0) * rows + tl.arange(0, rows)).to(tl.int64)
+    pair, split, there = tl.program_id(1), tl.program_id(2), row < m
     if aligned:  # so that the compiler sees it
         blocks = blocks // 4 * 4
     e = tl.load(idx_ptr + pair)
     if e < experts:
-        at = (pair // share).to(tl.int64)
-        first = split * run
-        y = _rows(
-            row, m, table_ptr, e, codes_ptr, scale_ptr, x8_ptr + at * blocks * 32,
-            d_ptr + at * blocks, s_ptr + at * blocks, x_ptr + at * columns, columns, blocks,
-            first, tl.minimum(first + run, blocks), parts, group, rows, words, exact,
-            aligned,
-        )  # fmt: skip
-        tl.store(y_ptr + (split * pairs + pair).to(tl.int64) * m + row, y, mask=row < m)
+        bits = tl.load(table_ptr + e * 4 + 3).to(tl.int32)
+        # where an expert's tensors begin, from where the layer's first do
+        start = tl.load(table_ptr + e * 4)
+        if aligned:
+            start = tl.multiple_of(start, 4)
+        groups = (columns + group - 1) // group
+        codes = codes_ptr + start + row * (blocks * bits)
+        scale = scale_ptr + tl.load(table_ptr + e * 4 + 1) + row * groups
+        zero = scale_ptr + tl.load(table_ptr + e * 4 + 2) + row * groups
+        at, first = (pair // share).to(tl.int64), split * run
+        last = tl.minimum(first + run, blocks)
+        x8, d, s = x8_ptr + at * blocks * 32, d_ptr + at * blocks, s_ptr + at * blocks
+        y = tl.zeros((rows,), tl.float32)
+        for k in tl.static_range(4):
+            if parts & (8 >> k):
+                if bits & (8 >> k):
+                    y += _part(
+                        codes, scale, zero, there, bits != 1, x8 + (3 - k) * (blocks * 8), d, s,
+                        x_ptr + at * columns, columns, blocks, first, last, bits & (16 - (16 >> k)),
+                        8 >> k, group, rows, words, exact,
+                    )  # fmt: skip
+        tl.store(y_ptr + (split * pairs + pair).to(tl.int64) * m + row, y, mask=there)
 
 
 @triton.jit
