@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 from moecule.kernels import gemv, unpack
-from moecule.kernels.grouped import Sorted, grouped
+from moecule.kernels.grouped import Sorted, arranged, grouped
 from moecule.kernels.matrices import Matrices
 from moecule.moe import activated, end_of, ended, first_matrix
 from moecule.packed import packed_of
@@ -61,7 +61,12 @@ def experts_forward(
 ) -> Float[Tensor, "T H"]:
     """The forward of an experts module; pairs with no expert of its own, skipped, add nothing."""
     each = idx.numel() / len(up)
-    how = _few if each <= FEW_PAIRS else _unpacked if each >= MANY_PAIRS else _grouped
+    if each <= FEW_PAIRS:
+        how = _few
+    elif each >= MANY_PAIRS or hidden.dtype == torch.float32:  # of 16 bits the matrix units are
+        how = _unpacked
+    else:
+        how = _grouped
     return how(module, up, down, hidden, idx, coef)
 
 
@@ -70,13 +75,35 @@ def _grouped(
 ) -> Tensor:
     n, pairs = len(up), idx.flatten()
     by_expert = Sorted.of(pairs, n)
-    order = by_expert.order
-    expert, places = pairs[order].clamp(max=n - 1), torch.arange(len(order), device=order.device)
-    act = activated(module, grouped(hidden, order // idx.shape[1], up, by_expert), expert)
-    out = ended(module, grouped(act, places, down, by_expert), expert)
-    each = out[torch.empty_like(order).scatter_(0, order, places)]
-    each = torch.where((pairs < n)[:, None], each * coef.flatten()[:, None], 0)  # or never written
-    return each.view(*idx.shape, -1).sum(1).to(hidden.dtype)
+    order, places = by_expert.order, torch.arange(len(pairs), device=idx.device)
+    y = grouped(arranged(hidden, up), order // idx.shape[1], up, by_expert)
+    if _is_swiglu(module):
+        act = arranged(y, down, gated=True)
+    else:
+        act = arranged(activated(module, y, pairs[order].clamp(max=n - 1)), down)
+    out = grouped(act, places, down, by_expert)
+    back = torch.empty_like(order).scatter_(0, order, places)
+    return _together(module, out[None], pairs, coef, hidden.dtype, n, back)
+
+
+def _together(
+    module: Any,
+    out: Float[Tensor, "splits pairs H"],
+    pairs: Int[Tensor, " pairs"],
+    coef: Float[Tensor, "T K"],
+    dtype: torch.dtype,
+    n: int,
+    places: Int[Tensor, " pairs"] | None = None,
+) -> Float[Tensor, "T H"]:
+    """Each token's experts added up, of what the down projections gave."""
+    top_k = coef.shape[1]
+    if not module.has_bias and end_of(module) is None:
+        each = coef.flatten().contiguous()
+        return gemv.summed(out, pairs, top_k, n, dtype, each, places)
+    each = gemv.summed(out, pairs, 1, n, torch.float32, places=places)
+    each = ended(module, each.to(dtype), pairs.clamp(max=n - 1))
+    each = each * (coef.flatten() * (pairs < n))[:, None]
+    return each.view(*coef.shape, -1).sum(1).to(dtype)
 
 
 def _unpacked(
@@ -107,12 +134,7 @@ def _few(
         )
         act = plain if module.exact else gemv.rounded(plain, down)
     out = gemv.products(act, down, pairs, 1)
-    if not module.has_bias and end_of(module) is None:
-        return gemv.summed(out, pairs, top_k, n, hidden.dtype, coef.flatten().contiguous())
-    each = gemv.summed(out, pairs, 1, n, torch.float32)
-    each = ended(module, each.to(hidden.dtype), pairs.clamp(max=n - 1))
-    each = each * (coef.flatten() * (pairs < n))[:, None]
-    return each.view(*idx.shape, -1).sum(1).to(hidden.dtype)
+    return _together(module, out, pairs, coef, hidden.dtype, n)
 
 
 def _is_swiglu(module: Any) -> bool:

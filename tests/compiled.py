@@ -18,26 +18,30 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moecule.kernels import gemv
+from moecule.kernels import gemv, grouped
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 POINTERS = {
     "x8_ptr": "*i32", "d_ptr": "*fp32", "s_ptr": "*fp32", "x_ptr": "*fp32", "table_ptr": "*i64",
     "codes_ptr": "*i32", "scale_ptr": "*fp16", "idx_ptr": "*i64", "y_ptr": "*fp32",
 }  # fmt: skip
-EVEN = ("m", "columns", "run")  # multiples of 16, as Triton sees of a layer's sizes
+GROUPED = {
+    **POINTERS, "x_ptr": "*bf16", "sum_ptr": "*fp32", "given_ptr": "*i64", "tile_ptr": "*i32",
+    "out_ptr": "*bf16",
+}  # fmt: skip
+EVEN = ("m", "columns", "run", "blocks")  # multiples of 16, as Triton sees of a layer's sizes
 
 
-def built(kernel: Any, warps: int, **fixed: Any) -> Path:
-    """The machine code of the product kernel, in a file."""
+def built(kernel: Any, kinds: dict[str, str], warps: int, fixed: dict[str, Any]) -> Path:
+    """A kernel's machine code, in a file. kinds: of its pointers."""
     names = kernel.arg_names
-    kinds = {n: "constexpr" if n in fixed else POINTERS.get(n, "i32") for n in names}
+    signature = {n: "constexpr" if n in fixed else kinds.get(n, "i32") for n in names}
     hints = {
         (names.index(n),): [["tt.divisibility", 16]]
         for n in names
-        if n in POINTERS or n in EVEN and n not in fixed
+        if n not in fixed and (n in kinds or n in EVEN)
     }
-    source = ASTSource(fn=kernel, signature=kinds, constexprs=fixed, attrs=hints)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=hints)
     made = triton.compile(
         source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": 3}
     )
@@ -67,23 +71,37 @@ def loops(listing: str) -> list[Counter[str]]:
     return found
 
 
-def report(kernel: Any, warps: int, **fixed: Any) -> dict[str, Any]:
-    """Registers, bytes of the stack, and for each loop with dp4a what it takes."""
-    file = built(kernel, warps, **fixed)
+def report(
+    kernel: Any, kinds: dict[str, str], warps: int, step: float, fixed: dict[str, Any]
+) -> dict[str, Any]:
+    """Registers, bytes of the stack, and for each loop that multiplies what it takes.
+
+    step: weights that a lane unpacks each time around; 0: four for each dp4a.
+    """
+    file = built(kernel, kinds, warps, fixed)
     usage = re.search(r"REG:(\d+) STACK:(\d+)", said("cuobjdump", "-res-usage", str(file)))
     assert usage is not None  # the tool says so of every kernel
     found = []
     for body in loops(said("nvdisasm", "-c", str(file))):
         dots = sum(n for name, n in body.items() if name.startswith("IDP.4A"))
-        if dots:
+        copies = sum(n for name, n in body.items() if name.startswith("LDGSTS"))
+        if dots or step and copies:
             found.append({
-                "instructions_a_weight": sum(body.values()) / (4 * dots),
+                "instructions_a_weight": sum(body.values()) / (step or 4 * dots),
                 "wide_loads": sum(n for s, n in body.items() if s.startswith("LDG") and "128" in s),
                 "stores": sum(n for s, n in body.items() if s.startswith(("STS", "STL"))),
+                "matrix_products": sum(n for s, n in body.items() if s.startswith("HGMMA")),
             })  # fmt: skip
     return {"registers": int(usage[1]), "stack": int(usage[2]), "loops": found}
 
 
 if __name__ == "__main__":
-    both = {"group": 128, "exact": False, "aligned": True, "rows": 8, "words": 128}
-    print(json.dumps(report(gemv._product_kernel, 1, parts=3, **both)))
+    few = {"parts": 3, "rows": 8, "words": 128, "exact": False, "warps": 1, "chain": True}
+    both = {"group": 128, "aligned": True}
+    many = {"bits": 3, "n": 4, "ahead": grouped.AHEAD, **both}
+    out = {"few": report(gemv._product_kernel, POINTERS, 1, 0, few | both)}
+    for tokens, (rows, warps) in ((16, (64, 4)), (128, (128, 8))):
+        weights = rows * 32 * many["n"] / (32 * warps)
+        cut = many | {"tokens": tokens, "rows": rows}
+        out[f"{tokens}"] = report(grouped._grouped_kernel, GROUPED, warps, weights, cut)
+    print(json.dumps(out))

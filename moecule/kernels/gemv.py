@@ -22,8 +22,9 @@ import triton
 import triton.language as tl
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from moecule.kernels.matrices import Matrices, launching
+from moecule.kernels.matrices import Matrices, chained, launching
 from moecule.kernels.rounding import rint
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -47,6 +48,31 @@ def _dp4a(codes, x, total):
             is_pure=True,
             pack=1,
         )
+
+
+@triton.jit
+@no_type_check
+def _ask_for(at, words, warps: tl.constexpr):
+    """Have the cache fetch `words` words from `at` on; nobody waits for them."""
+    if not INTERPRETED:
+        lane = tl.arange(0, 32 * warps) * 32  # a line of the cache has 32 words
+        for start in range(0, words, 1024 * warps):
+            tl.inline_asm_elementwise(
+                "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+                "=r,l,r",
+                [(at + start + lane).to(tl.int64), (start + lane < words).to(tl.int32)],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+
+
+@triton.jit
+@no_type_check
+def _take_turn():
+    """Wait for what the kernels before this one write, and let the next one start."""
+    gdc_wait()
+    gdc_launch_dependents()
 
 
 @triton.jit
@@ -100,9 +126,11 @@ def _added(x_ptr, row, column, inside, stride, splits, apart):
 @no_type_check
 def _round_kernel(
     x_ptr, x8_ptr, d_ptr, s_ptr, idx_ptr, experts, columns, blocks, stride, splits, apart,
-    gated: tl.constexpr, parts: tl.constexpr, n: tl.constexpr,
+    gated: tl.constexpr, parts: tl.constexpr, n: tl.constexpr, chain: tl.constexpr,
 ):  # fmt: skip
     """Program (row, n blocks). `gated`: of silu(first half) * second half of the row's splits."""
+    if chain:
+        _take_turn()
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * n + tl.arange(0, n)
     column = block[:, None] * 32 + tl.arange(0, 32)[None, :]
@@ -185,9 +213,12 @@ def _product_kernel(
     x8_ptr, d_ptr, s_ptr, x_ptr, table_ptr, codes_ptr, scale_ptr, idx_ptr, y_ptr,
     m, columns, blocks, experts, pairs, share, run,
     parts: tl.constexpr, group: tl.constexpr, rows: tl.constexpr, words: tl.constexpr,
-    exact: tl.constexpr, aligned: tl.constexpr,
+    exact: tl.constexpr, aligned: tl.constexpr, warps: tl.constexpr, chain: tl.constexpr,
 ):  # fmt: skip
-    """Program (rows, pair, split): `run` blocks of columns of the pair's expert."""
+    """Program (rows, pair, split): `run` blocks of columns of the pair's expert.
+
+    Which expert that is was known before the kernel that comes before this one.
+    """
     row = (tl.program_id(0) * rows + tl.arange(0, rows)).to(tl.int64)
     pair, split, there = tl.program_id(1), tl.program_id(2), row < m
     if aligned:  # so that the compiler sees it
@@ -203,6 +234,12 @@ def _product_kernel(
         codes = codes_ptr + start + row * (blocks * bits)
         scale = scale_ptr + tl.load(table_ptr + e * 4 + 1) + row * groups
         zero = scale_ptr + tl.load(table_ptr + e * 4 + 2) + row * groups
+        if run >= blocks:
+            begin, end = tl.program_id(0) * rows, tl.minimum(m, (tl.program_id(0) + 1) * rows)
+            each = (blocks * bits).to(tl.int64)
+            _ask_for(codes_ptr + start + begin * each, ((end - begin) * each).to(tl.int32), warps)
+        if chain:
+            _take_turn()
         at, first = (pair // share).to(tl.int64), split * run
         last = tl.minimum(first + run, blocks)
         x8, d, s = x8_ptr + at * blocks * 32, d_ptr + at * blocks, s_ptr + at * blocks
@@ -213,18 +250,23 @@ def _product_kernel(
                     y += _part(
                         codes, scale, zero, there, bits != 1, x8 + (3 - k) * (blocks * 8), d, s,
                         x_ptr + at * columns, columns, blocks, first, last, bits & (16 - (16 >> k)),
-                        8 >> k, group, rows, words, exact,
+                        8 >> k, group, rows, min(words, max(words * (8 >> k) // 2, 16)), exact,
                     )  # fmt: skip
         tl.store(y_ptr + (split * pairs + pair).to(tl.int64) * m + row, y, mask=there)
+    elif chain:
+        _take_turn()
 
 
 @triton.jit
 @no_type_check
 def _sum_kernel(
-    y_ptr, idx_ptr, coef_ptr, out_ptr, m, experts, pairs, splits,
-    share: tl.constexpr, weighted: tl.constexpr, width: tl.constexpr,
+    y_ptr, idx_ptr, coef_ptr, place_ptr, out_ptr, m, experts, pairs, splits,
+    share: tl.constexpr, weighted: tl.constexpr, moved: tl.constexpr, width: tl.constexpr,
+    chain: tl.constexpr,
 ):  # fmt: skip
     """Program (token, columns): over its pairs and all splits, weighted."""
+    if chain:
+        _take_turn()
     token = tl.program_id(0)
     column = tl.program_id(1) * width + tl.arange(0, width)
     total = tl.zeros((width,), tl.float32)
@@ -232,10 +274,12 @@ def _sum_kernel(
         pair = token * share + k
         e = tl.load(idx_ptr + pair)
         if e < experts:
-            y = tl.zeros((width,), tl.float32)
+            y, place = tl.zeros((width,), tl.float32), pair
+            if moved:
+                place = tl.load(place_ptr + pair)
             for split in range(splits):
-                at = (split * pairs + pair).to(tl.int64) * m
-                y += tl.load(y_ptr + at + column, mask=column < m, other=0.0)
+                at = (split * pairs + place).to(tl.int64) * m
+                y += tl.load(y_ptr + at + column, mask=column < m, other=0.0).to(tl.float32)
             total += y * tl.load(coef_ptr + pair).to(tl.float32) if weighted else y
     out = total.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + token.to(tl.int64) * m + column, out, mask=column < m)
@@ -273,7 +317,7 @@ def _rounded(y: Tensor, of: Matrices, idx: Tensor, experts: int, *, gated: bool)
     with launching(y):
         _round_kernel[(rows, triton.cdiv(of.blocks, n))](
             y, x8.view(torch.int8), d, s, idx, experts, of.columns, of.blocks, stride, splits,
-            rows * stride, gated=gated, parts=of.parts, n=n, num_warps=2,
+            rows * stride, gated=gated, parts=of.parts, n=n, num_warps=2, **chained(y),
         )  # fmt: skip
     return Rounded(x8, d, s)
 
@@ -317,8 +361,7 @@ def products(
             *places, of.table, of.codes, of.scale, idx, y,
             of.rows, of.columns, of.blocks, len(of), len(idx), share, run,
             parts=of.parts, group=of.group, rows=cut.rows, words=cut.words, exact=exact,
-            aligned=of.aligned,
-            num_warps=cut.warps,
+            aligned=of.aligned, warps=cut.warps, num_warps=cut.warps, **chained(y),
         )  # fmt: skip
     return y
 
@@ -330,14 +373,16 @@ def summed(
     experts: int,
     dtype: torch.dtype,
     coef: Float[Tensor, " pairs"] | None = None,
+    places: Int[Tensor, " pairs"] | None = None,
 ) -> Float[Tensor, "T M"]:
-    """Over splits and each token's `share` pairs, times `coef`."""
+    """Over splits and each token's `share` pairs, times `coef`. `places`: where in y each pair lies."""
     splits, pairs, m = y.shape
     out = torch.empty(pairs // share, m, dtype=dtype, device=y.device)
     width = 256
     with launching(y):
         _sum_kernel[(pairs // share, triton.cdiv(m, width))](
-            y, idx, idx if coef is None else coef, out, m, experts, pairs, splits,
-            share=share, weighted=coef is not None, width=width, num_warps=2,
+            y, idx, idx if coef is None else coef, idx if places is None else places, out, m,
+            experts, pairs, splits, share=share, weighted=coef is not None,
+            moved=places is not None, width=width, num_warps=2, **chained(y),
         )  # fmt: skip
     return out

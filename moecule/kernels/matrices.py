@@ -22,7 +22,13 @@ def launching(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-@dataclass(frozen=True)
+def chained(tensor: Tensor) -> dict[str, bool]:
+    """How to launch a kernel that waits by itself for the one before, and may be started earlier."""
+    may = tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+    return {"chain": True, "launch_pdl": True} if may else {"chain": False}
+
+
+@dataclass(frozen=True, eq=False)
 class Matrices:
     """Packed weights [M, N] of one shape and one group, of any widths: where each lies."""
 
