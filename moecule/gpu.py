@@ -1,23 +1,25 @@
 """Packed experts and weights on a GPU: by their codes for few tokens, unpacked on the way to the matrix
 units for more, unpacked first for many.
 
-Nothing here waits for the GPU, so all of it can be captured in a CUDA graph.
+Only where weights are unpacked first does the host wait for the GPU, to know how many tokens each expert
+has; all else can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
-from copy import copy
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+from transformers.integrations.moe import _default_apply_gate
 
 from moecule.kernels import gemv, unpack
-from moecule.kernels.grouped import Sorted, arranged, grouped
+from moecule.kernels.grouped import Sorted, arranged, combined, grouped
 from moecule.kernels.matrices import Matrices
-from moecule.moe import activated, end_of, ended, first_matrix
+from moecule.moe import activated, end_of, ended
 from moecule.packed import packed_of
 
 FEW_PAIRS = 4  # an expert, up to which reading codes anew for every pair is fastest
@@ -45,10 +47,8 @@ def experts_there(module: Any) -> tuple[Matrices, Matrices] | None:
 def linear(x: Float[Tensor, "T N"], of: Matrices, *, exact: bool) -> Float[Tensor, "T M"]:
     """x times one transposed weight."""
     if len(x) > FEW_TOKENS:
-        return nn.functional.linear(x, unpack.unpacked(of, x.dtype)[0])
-    first = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    y = gemv.products(x if exact else gemv.rounded(x, of), of, first, 1)
-    return gemv.summed(y, first, 1, 1, x.dtype)
+        return nn.functional.linear(x, unpack.unpacked(of, 0, x.dtype))
+    return gemv.products(x if exact else gemv.rounded(x, of), of, None, 1, x.dtype)
 
 
 def experts_forward(
@@ -82,59 +82,85 @@ def _grouped(
     else:
         act = arranged(activated(module, y, pairs[order].clamp(max=n - 1)), down)
     out = grouped(act, places, down, by_expert)
-    back = torch.empty_like(order).scatter_(0, order, places)
-    return _together(module, out[None], pairs, coef, hidden.dtype, n, back)
+    return _added(module, out, torch.empty_like(order).scatter_(0, order, places), idx, coef)
 
 
-def _together(
+def _added(
     module: Any,
-    out: Float[Tensor, "splits pairs H"],
-    pairs: Int[Tensor, " pairs"],
+    out: Float[Tensor, "pairs H"],
+    places: Int[Tensor, " pairs"],
+    idx: Int[Tensor, "T K"],
     coef: Float[Tensor, "T K"],
-    dtype: torch.dtype,
-    n: int,
-    places: Int[Tensor, " pairs"] | None = None,
+) -> Float[Tensor, "T H"]:
+    """Each token's experts added up; places: of the pairs in out."""
+    if _ends_plainly(module):
+        return combined(out, places, idx, coef, module.num_experts)
+    return _weighted(module, out[places], idx, coef)
+
+
+def _weighted(
+    module: Any,
+    out: Float[Tensor, "pairs H"],
+    idx: Int[Tensor, "T K"],
+    coef: Float[Tensor, "T K"],
 ) -> Float[Tensor, "T H"]:
     """Each token's experts added up, of what the down projections gave."""
-    top_k = coef.shape[1]
-    if not module.has_bias and end_of(module) is None:
-        each = coef.flatten().contiguous()
-        return gemv.summed(out, pairs, top_k, n, dtype, each, places)
-    each = gemv.summed(out, pairs, 1, n, torch.float32, places=places)
-    each = ended(module, each.to(dtype), pairs.clamp(max=n - 1))
-    each = each * (coef.flatten() * (pairs < n))[:, None]
-    return each.view(*coef.shape, -1).sum(1).to(dtype)
+    n = module.num_experts
+    each = ended(module, out, idx.flatten().clamp(max=n - 1)).view(*idx.shape, -1)
+    # what belongs to no expert was perhaps never written
+    each = torch.where((idx < n)[..., None], each * coef[..., None], 0)
+    return each.sum(1).to(out.dtype)
 
 
 def _unpacked(
     module: Any, up: Matrices, down: Matrices, hidden: Tensor, idx: Tensor, coef: Tensor
 ) -> Tensor:
-    """transformers' own grouped product, for as long as this takes on plain weights."""
-    plain = copy(module)  # the module stays as it is
-    for name, of in {first_matrix(module): up, "down_proj": down}.items():
-        weights = unpack.unpacked(of, hidden.dtype)
-        vars(plain)[name] = weights.mT if module.is_transposed else weights
-    # an expert that is not there means no product, as where others have the other experts
-    vars(plain)["_is_expert_parallel"] = True
-    made: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](plain, hidden, idx, coef)
-    return made
+    n, pairs = len(up), idx.flatten()
+    counts = pairs.bincount(minlength=n + 1)[:n].tolist()  # waits for the GPU
+    order = pairs.argsort(stable=True)
+    act = activated(
+        module,
+        _products(hidden[order // idx.shape[1]], up, counts),
+        pairs[order].clamp(max=n - 1) if module.has_bias else None,
+    )
+    out = _products(act, down, counts)
+    places = torch.arange(len(order), device=order.device)
+    return _added(module, out, torch.empty_like(order).scatter_(0, order, places), idx, coef)
+
+
+def _products(
+    x: Float[Tensor, "pairs N"], of: Matrices, counts: Sequence[int]
+) -> Float[Tensor, "pairs M"]:
+    """Of sorted pairs, so many an expert."""
+    out = torch.empty(len(x), of.rows, dtype=x.dtype, device=x.device)
+    for e, (count, end) in enumerate(zip(counts, accumulate(counts), strict=True)):
+        if count:
+            its = slice(end - count, end)
+            torch.mm(x[its], unpack.unpacked(of, e, x.dtype).T, out=out[its])
+    return out
 
 
 def _few(
     module: Any, up: Matrices, down: Matrices, hidden: Tensor, idx: Tensor, coef: Tensor
 ) -> Tensor:
-    n, top_k, pairs = len(up), idx.shape[1], idx.flatten()
-    y = gemv.products(hidden if module.exact else gemv.rounded(hidden, up), up, pairs, top_k)
+    top_k, pairs = idx.shape[1], idx.flatten()
+    x = hidden if module.exact else gemv.rounded(hidden, up)
     act: gemv.Activations
-    if _is_swiglu(module) and not module.exact:
-        act = gemv.gated(y, down, pairs, n)
+    if _is_swiglu(module):
+        act = gemv.gated(x, up, pairs, top_k, down)
     else:
-        plain = activated(
-            module, gemv.summed(y, pairs, 1, n, torch.float32), pairs.clamp(max=n - 1)
-        )
+        y = gemv.products(x, up, pairs, top_k)
+        plain = activated(module, y, pairs.clamp(max=len(up) - 1))
         act = plain if module.exact else gemv.rounded(plain, down)
-    out = gemv.products(act, down, pairs, 1)
-    return _together(module, out, pairs, coef, hidden.dtype, n)
+    if _ends_plainly(module):
+        each = coef.flatten().contiguous()
+        return gemv.combined(act, down, pairs, each, top_k, hidden.dtype)
+    return _weighted(module, gemv.products(act, down, pairs, 1, hidden.dtype), idx, coef)
+
+
+def _ends_plainly(module: Any) -> bool:
+    """Nothing comes after the down projections but the coefficients."""
+    return not module.has_bias and end_of(module) is None
 
 
 def _is_swiglu(module: Any) -> bool:

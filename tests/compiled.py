@@ -23,7 +23,8 @@ from moecule.kernels import gemv, grouped
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 POINTERS = {
     "x8_ptr": "*i32", "d_ptr": "*fp32", "s_ptr": "*fp32", "x_ptr": "*fp32", "table_ptr": "*i64",
-    "codes_ptr": "*i32", "scale_ptr": "*fp16", "idx_ptr": "*i64", "y_ptr": "*fp32",
+    "codes_ptr": "*i32", "scale_ptr": "*fp16", "idx_ptr": "*i64", "coef_ptr": "*bf16", "y_ptr": "*fp32",
+    "y8_ptr": "*i8", "yd_ptr": "*fp32", "ys_ptr": "*fp32",
 }  # fmt: skip
 GROUPED = {
     **POINTERS, "x_ptr": "*bf16", "sum_ptr": "*fp32", "given_ptr": "*i64", "tile_ptr": "*i32",
@@ -32,7 +33,9 @@ GROUPED = {
 EVEN = ("m", "columns", "run", "blocks")  # multiples of 16, as Triton sees of a layer's sizes
 
 
-def built(kernel: Any, kinds: dict[str, str], warps: int, fixed: dict[str, Any]) -> Path:
+def built(
+    kernel: Any, kinds: dict[str, str], fixed: dict[str, Any], warps: int, registers: int | None
+) -> Path:
     """A kernel's machine code, in a file. kinds: of its pointers."""
     names = kernel.arg_names
     signature = {n: "constexpr" if n in fixed else kinds.get(n, "i32") for n in names}
@@ -43,7 +46,9 @@ def built(kernel: Any, kinds: dict[str, str], warps: int, fixed: dict[str, Any])
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=hints)
     made = triton.compile(
-        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": 3}
+        source,
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": warps, "num_stages": 3, "maxnreg": registers},
     )
     file = Path(tempfile.mkdtemp(), "kernel.cubin")
     file.write_bytes(made.asm["cubin"])
@@ -72,13 +77,18 @@ def loops(listing: str) -> list[Counter[str]]:
 
 
 def report(
-    kernel: Any, kinds: dict[str, str], warps: int, step: float, fixed: dict[str, Any]
+    kernel: Any,
+    kinds: dict[str, str],
+    fixed: dict[str, Any],
+    warps: int,
+    registers: int | None = None,
+    step: float = 0,
 ) -> dict[str, Any]:
     """Registers, bytes of the stack, and for each loop that multiplies what it takes.
 
     step: weights that a lane unpacks each time around; 0: four for each dp4a.
     """
-    file = built(kernel, kinds, warps, fixed)
+    file = built(kernel, kinds, fixed, warps, registers)
     usage = re.search(r"REG:(\d+) STACK:(\d+)", said("cuobjdump", "-res-usage", str(file)))
     assert usage is not None  # the tool says so of every kernel
     found = []
@@ -96,12 +106,17 @@ def report(
 
 
 if __name__ == "__main__":
-    few = {"parts": 3, "rows": 8, "words": 128, "exact": False, "warps": 1, "chain": True}
-    both = {"group": 128, "aligned": True}
-    many = {"bits": 3, "n": 4, "ahead": grouped.AHEAD, **both}
-    out = {"few": report(gemv._product_kernel, POINTERS, 1, 0, few | both)}
-    for tokens, (rows, warps) in ((16, (64, 4)), (128, (128, 8))):
+    layer = {"group": 128, "aligned": True}
+    few = {"parts": 3, "leads": 2, "exact": False, "single": False, "chain": True, **layer}
+    up = few | {"rows": 64, "words": 128, "pairs": 1, "gated": True, "to_parts": 3}
+    down = few | {"rows": 8, "words": 512, "pairs": 2, "gated": False, "to_parts": 0}
+    out = {
+        name: report(gemv._product_kernel, POINTERS, cut, 8, gemv.Tiling.registers)
+        for name, cut in (("up", up), ("down", down))
+    }
+    many = {"widths": 1 << 3, "n": 4, "ahead": grouped.AHEAD, **layer}
+    for tokens, (rows, warps, _) in grouped.CUTS.items():
         weights = rows * 32 * many["n"] / (32 * warps)
         cut = many | {"tokens": tokens, "rows": rows}
-        out[f"{tokens}"] = report(grouped._grouped_kernel, GROUPED, warps, weights, cut)
+        out[f"{tokens}"] = report(grouped._grouped_kernel, GROUPED, cut, warps, step=weights)
     print(json.dumps(out))

@@ -7,8 +7,10 @@ part of 2 and a part of 1: their products add up, the second times 4.
 
     y = sum over groups of   scale * (sum of codes * x  -  zero * sum of x)
 
-A pair whose expert is none of the layer's, skipped online, returns before it reads a weight. Sums over
-splits and over a token's experts are added in a fixed order.
+A layer's experts take three launches: activations are rounded; `gated` multiplies by gate and up, and
+rounds silu(gate) * up; `combined` multiplies by down and adds up a token's experts, in a fixed order. Each
+starts while the one before still runs, and waits for it where its results are needed. A pair whose
+expert is none of the layer's, skipped online, reads no weight.
 """
 
 from __future__ import annotations
@@ -48,23 +50,6 @@ def _dp4a(codes, x, total):
             is_pure=True,
             pack=1,
         )
-
-
-@triton.jit
-@no_type_check
-def _ask_for(at, words, warps: tl.constexpr):
-    """Have the cache fetch `words` words from `at` on; nobody waits for them."""
-    if not INTERPRETED:
-        lane = tl.arange(0, 32 * warps) * 32  # a line of the cache has 32 words
-        for start in range(0, words, 1024 * warps):
-            tl.inline_asm_elementwise(
-                "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
-                "=r,l,r",
-                [(at + start + lane).to(tl.int64), (start + lane < words).to(tl.int32)],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
 
 
 @triton.jit
@@ -113,176 +98,171 @@ def _put_rounded(x, x8_ptr, d_ptr, s_ptr, row, block, blocks, parts: tl.constexp
 
 @triton.jit
 @no_type_check
-def _added(x_ptr, row, column, inside, stride, splits, apart):
-    """Sums over splits that lie `apart`."""
-    total = tl.load(x_ptr + row * stride + column, mask=inside, other=0.0).to(tl.float32)
-    for split in range(1, splits):
-        at = split * apart + row * stride
-        total += tl.load(x_ptr + at + column, mask=inside, other=0.0).to(tl.float32)
-    return total
-
-
-@triton.jit
-@no_type_check
 def _round_kernel(
-    x_ptr, x8_ptr, d_ptr, s_ptr, idx_ptr, experts, columns, blocks, stride, splits, apart,
-    gated: tl.constexpr, parts: tl.constexpr, n: tl.constexpr, chain: tl.constexpr,
+    x_ptr, x8_ptr, d_ptr, s_ptr, columns, blocks, parts: tl.constexpr, n: tl.constexpr,
+    chain: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, n blocks). `gated`: of silu(first half) * second half of the row's splits."""
+    """Program (row, n blocks)."""
     if chain:
         _take_turn()
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * n + tl.arange(0, n)
     column = block[:, None] * 32 + tl.arange(0, 32)[None, :]
-    inside = column < columns
-    x = _added(x_ptr, row, column, inside, stride, splits, apart)
-    if gated:
-        up = _added(x_ptr, row, column + columns, inside, stride, splits, apart)
-        x = x / (1.0 + tl.exp(-x)) * up
-        here = tl.load(idx_ptr + row) < experts  # others were never written
-        x = tl.where(here, x, 0.0)
-    _put_rounded(x, x8_ptr, d_ptr, s_ptr, row, block, blocks, parts)
+    x = tl.load(x_ptr + row * columns + column, mask=column < columns, other=0.0)
+    _put_rounded(x.to(tl.float32), x8_ptr, d_ptr, s_ptr, row, block, blocks, parts)
 
 
 @triton.jit
 @no_type_check
 def _part(
-    codes, scale, zero, there, has_zero, x8, d_ptr, s_ptr, x_ptr, columns,
-    blocks, first_block, last_block, low, b: tl.constexpr, group: tl.constexpr,
-    rows: tl.constexpr, words: tl.constexpr, exact: tl.constexpr,
+    codes, scale, zero, row, there, has_zero, x8, d_ptr, s_ptr, x_ptr, columns, blocks, bits, low,
+    b: tl.constexpr, group: tl.constexpr, words: tl.constexpr, exact: tl.constexpr,
+    leads: tl.constexpr,
 ):  # fmt: skip
-    """[rows]: the products with one part of b bits, from `first_block` up to `last_block`.
+    """[rows, pairs]: the products with one part of b bits.
 
-    `low` is the sum of the wider parts, that many bits below this one; the first brings the zeros.
-    codes, scale, zero: pointers [rows] to the beginnings of rows.
+    low [rows, pairs]: the sum of the wider parts, that many bits below this one; the first brings the
+    zeros. leads: whether this part may be the first. codes, scale, zero, x8, d_ptr, s_ptr, x_ptr [pairs]:
+    pointers to the beginnings of a pair's. there [rows, pairs]: who has this part. row [rows].
     """
+    rows: tl.constexpr = there.shape[0]
+    pairs: tl.constexpr = there.shape[1]
     together: tl.constexpr = 4 if b == 8 else b  # words that share an activation's scale
     wide: tl.constexpr = 32 * together // b
     reach: tl.constexpr = 128 // b if 128 // b < group else group  # columns under one scale
     each: tl.constexpr = reach // wide if reach > wide else 1
     n: tl.constexpr = words // together
-    total = tl.zeros((rows, n // each), tl.float32)
-    from_word, to_word = first_block * b, last_block * b
-    below, apart = low * blocks, blocks * b  # words of the wider parts; from order to order
-    for start in tl.range(from_word, to_word, words):
+    total = tl.zeros((rows, pairs, n // each), tl.float32)
+    first_word = row[:, None] * (blocks * bits)[None, :] + low * blocks
+    groups = (columns + group - 1) // group
+    for start in tl.range(0, blocks * b, words):
         word = start + tl.arange(0, words)
-        inside = word < to_word
-        q = tl.load(
-            codes[:, None] + (below + word)[None, :],
-            mask=there[:, None] & inside[None, :], other=0,
-        )  # fmt: skip
+        inside = word < blocks * b
+        mask = there[:, :, None] & inside[None, None, :]
+        at = first_word[:, :, None] + word[None, None, :]
+        q = tl.load(codes[None, :, None] + at, mask=mask, other=0)
         if exact:
-            sums = tl.zeros((rows, words), tl.float32)
-            given = tl.zeros((words,), tl.float32)
+            sums = tl.zeros((rows, pairs, words), tl.float32)
+            given = tl.zeros((pairs, words), tl.float32)
             for r in tl.static_range(32 // b):
                 column = word * (32 // b) + r
-                x = tl.load(x_ptr + column, mask=inside & (column < columns), other=0.0)
+                near = (inside & (column < columns))[None, :]
+                x = tl.load(x_ptr[:, None] + column[None, :], mask=near, other=0.0)
                 x = x.to(tl.float32)
-                sums += ((q >> (b * r)) & ((1 << b) - 1)).to(tl.float32) * x[None, :]
+                sums += ((q >> (b * r)) & ((1 << b) - 1)).to(tl.float32) * x[None]
                 given += x
-            y = tl.sum(tl.reshape(sums, (rows, n, together)), 2)
-            x_sum = tl.sum(tl.reshape(given, (n, together)), 1)
+            y = tl.sum(tl.reshape(sums, (rows, pairs, n, together)), 3)
+            x_sum = tl.sum(tl.reshape(given, (pairs, n, together)), 2)
         else:
-            counts = tl.zeros((rows, words), tl.int32)
+            counts = tl.zeros((rows, pairs, words), tl.int32)
             for j in tl.static_range(8 // b):
-                x = tl.load(x8 + j * apart + word, mask=inside, other=0)
-                x = tl.broadcast_to(x[None, :], (rows, words))
+                at = x8[:, None] + (j * (blocks * b) + word)[None, :]
+                x = tl.load(at, mask=inside[None, :], other=0)
+                x = tl.broadcast_to(x[None], (rows, pairs, words))
                 counts = _dp4a(_every_byte(q, j, b), x, counts)
             at = start + tl.arange(0, n) * together
-            near = at < to_word
-            d = tl.load(d_ptr + at // b, mask=near, other=0.0)
-            y = tl.sum(tl.reshape(counts, (rows, n, together)), 2).to(tl.float32) * d[None, :]
-            x_sum = tl.load(s_ptr + at // b, mask=near & (at % b == 0), other=0.0)
-        y = tl.sum(tl.reshape(y, (rows, n // each, each)), 2)
-        x_here = tl.sum(tl.reshape(x_sum, (n // each, each)), 1)
+            near = (at < blocks * b)[None, :]
+            d = tl.load(d_ptr[:, None] + (at // b)[None, :], mask=near, other=0.0)
+            y = tl.sum(tl.reshape(counts, (rows, pairs, n, together)), 3).to(tl.float32) * d[None]
+            first = near & (at % b == 0)[None, :]
+            x_sum = tl.zeros((pairs, n), tl.float32)
+            if leads:
+                x_sum = tl.load(s_ptr[:, None] + (at // b)[None, :], mask=first, other=0.0)
+        y = tl.sum(tl.reshape(y, (rows, pairs, n // each, each)), 3)
         column = (start + tl.arange(0, n // each) * (together * each)) * (32 // b)
-        which = there[:, None] & (column < columns)[None, :]
-        s = tl.load(scale[:, None] + (column // group)[None, :], mask=which, other=0.0)
-        if low == 0:
-            z = tl.load(
-                zero[:, None] + (column // group)[None, :], mask=which & has_zero, other=0.5
-            )
-            y -= z.to(tl.float32) * x_here[None, :]
+        which = there[:, :, None] & (column < columns)[None, None, :]
+        g = (row * groups)[:, None, None] + (column // group)[None, None, :]
+        s = tl.load(scale[None, :, None] + g, mask=which, other=0.0)
+        if leads:
+            brings = which & (has_zero & (low == 0))[:, :, None]
+            z = tl.load(zero[None, :, None] + g, mask=brings, other=0.0).to(tl.float32)
+            if b == 1:  # of one bit all zeros are 1/2
+                z = tl.where((~has_zero)[:, :, None], 0.5, z)
+            y -= z * tl.sum(tl.reshape(x_sum, (pairs, n // each, each)), 2)[None]
         total += s.to(tl.float32) * y
-    return tl.sum(total, 1) * tl.exp2(low.to(tl.float32))
+    return tl.sum(total, 2) * tl.exp2(low.to(tl.float32))
 
 
 @triton.jit
 @no_type_check
 def _product_kernel(
-    x8_ptr, d_ptr, s_ptr, x_ptr, table_ptr, codes_ptr, scale_ptr, idx_ptr, y_ptr,
-    m, columns, blocks, experts, pairs, share, run,
-    parts: tl.constexpr, group: tl.constexpr, rows: tl.constexpr, words: tl.constexpr,
-    exact: tl.constexpr, aligned: tl.constexpr, warps: tl.constexpr, chain: tl.constexpr,
+    x8_ptr, d_ptr, s_ptr, x_ptr, table_ptr, codes_ptr, scale_ptr, idx_ptr, coef_ptr, y_ptr,
+    y8_ptr, yd_ptr, ys_ptr, m, columns, blocks, experts, share, to_blocks,
+    parts: tl.constexpr, leads: tl.constexpr, group: tl.constexpr, rows: tl.constexpr,
+    words: tl.constexpr, pairs: tl.constexpr, exact: tl.constexpr, aligned: tl.constexpr,
+    single: tl.constexpr, gated: tl.constexpr, to_parts: tl.constexpr, chain: tl.constexpr,
 ):  # fmt: skip
-    """Program (rows, pair, split): `run` blocks of columns of the pair's expert.
+    """Program (rows, pair); where `pairs` is more than 1, (rows, token), for all pairs of a token.
 
-    Which expert that is was known before the kernel that comes before this one.
+    gated: half of the rows are the gate's. to_parts, to_blocks: of what the result is rounded for; 0:
+    it is not. single: there is one matrix. Which expert a pair has was known before the kernel that
+    comes before this one.
     """
-    row = (tl.program_id(0) * rows + tl.arange(0, rows)).to(tl.int64)
-    pair, split, there = tl.program_id(1), tl.program_id(2), row < m
+    who, r, k = tl.program_id(1), tl.arange(0, rows), tl.arange(0, pairs)
+    if gated:
+        channel = tl.program_id(0) * (rows // 2) + r % (rows // 2)
+        row, inside = channel + (r // (rows // 2)) * (m // 2), channel < m // 2
+    else:
+        row = tl.program_id(0) * rows + r
+        inside = row < m
+    if pairs > 1:
+        pair, here = who * share + k, k < share
+    else:
+        pair, here = who + k, k < 1
+    if single:
+        e = tl.zeros((pairs,), tl.int64)
+    else:
+        e = tl.load(idx_ptr + pair, mask=here, other=experts)
+    here = e < experts
+    place = table_ptr + e * 4
+    start, bits = tl.load(place, mask=here, other=0), tl.load(place + 3, mask=here, other=0)
+    scale_at = tl.load(place + 1, mask=here, other=0)
+    zero_at = tl.load(place + 2, mask=here, other=0)
     if aligned:  # so that the compiler sees it
-        blocks = blocks // 4 * 4
-    e = tl.load(idx_ptr + pair)
-    if e < experts:
-        bits = tl.load(table_ptr + e * 4 + 3).to(tl.int32)
-        # where an expert's tensors begin, from where the layer's first do
-        start = tl.load(table_ptr + e * 4)
-        if aligned:
-            start = tl.multiple_of(start, 4)
-        groups = (columns + group - 1) // group
-        codes = codes_ptr + start + row * (blocks * bits)
-        scale = scale_ptr + tl.load(table_ptr + e * 4 + 1) + row * groups
-        zero = scale_ptr + tl.load(table_ptr + e * 4 + 2) + row * groups
-        if run >= blocks:
-            begin, end = tl.program_id(0) * rows, tl.minimum(m, (tl.program_id(0) + 1) * rows)
-            each = (blocks * bits).to(tl.int64)
-            _ask_for(codes_ptr + start + begin * each, ((end - begin) * each).to(tl.int32), warps)
-        if chain:
-            _take_turn()
-        at, first = (pair // share).to(tl.int64), split * run
-        last = tl.minimum(first + run, blocks)
-        x8, d, s = x8_ptr + at * blocks * 32, d_ptr + at * blocks, s_ptr + at * blocks
-        y = tl.zeros((rows,), tl.float32)
-        for k in tl.static_range(4):
-            if parts & (8 >> k):
-                if bits & (8 >> k):
-                    y += _part(
-                        codes, scale, zero, there, bits != 1, x8 + (3 - k) * (blocks * 8), d, s,
-                        x_ptr + at * columns, columns, blocks, first, last, bits & (16 - (16 >> k)),
-                        8 >> k, group, rows, min(words, max(words * (8 >> k) // 2, 16)), exact,
-                    )  # fmt: skip
-        tl.store(y_ptr + (split * pairs + pair).to(tl.int64) * m + row, y, mask=there)
-    elif chain:
-        _take_turn()
-
-
-@triton.jit
-@no_type_check
-def _sum_kernel(
-    y_ptr, idx_ptr, coef_ptr, place_ptr, out_ptr, m, experts, pairs, splits,
-    share: tl.constexpr, weighted: tl.constexpr, moved: tl.constexpr, width: tl.constexpr,
-    chain: tl.constexpr,
-):  # fmt: skip
-    """Program (token, columns): over its pairs and all splits, weighted."""
+        start, blocks = tl.multiple_of(start, [4]), blocks // 4 * 4
     if chain:
         _take_turn()
-    token = tl.program_id(0)
-    column = tl.program_id(1) * width + tl.arange(0, width)
-    total = tl.zeros((width,), tl.float32)
-    for k in tl.static_range(share):
-        pair = token * share + k
-        e = tl.load(idx_ptr + pair)
-        if e < experts:
-            y, place = tl.zeros((width,), tl.float32), pair
-            if moved:
-                place = tl.load(place_ptr + pair)
-            for split in range(splits):
-                at = (split * pairs + place).to(tl.int64) * m
-                y += tl.load(y_ptr + at + column, mask=column < m, other=0.0).to(tl.float32)
-            total += y * tl.load(coef_ptr + pair).to(tl.float32) if weighted else y
-    out = total.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + token.to(tl.int64) * m + column, out, mask=column < m)
+    if pairs > 1:  # down: each pair has activations of its own
+        at = pair.to(tl.int64)
+    else:
+        at = (pair // share).to(tl.int64)
+    at = tl.where(here, at, 0)
+    x8, d, s = x8_ptr + at * (blocks * 32), d_ptr + at * blocks, s_ptr + at * blocks
+    bits = bits.to(tl.int32)
+    y = tl.zeros((rows, pairs), tl.float32)
+    for i in tl.static_range(4):
+        if parts & (8 >> i):
+            if tl.max(bits & (8 >> i), 0) > 0:
+                wide = tl.broadcast_to(bits[None, :], (rows, pairs))
+                y += _part(
+                    codes_ptr + start, scale_ptr + scale_at, scale_ptr + zero_at, row, inside[:, None] & ((wide & (8 >> i)) > 0), wide != 1,
+                    x8 + (3 - i) * (blocks * 8), d, s, x_ptr + at * columns, columns, blocks, bits,
+                    wide & (16 - (16 >> i)), 8 >> i, group,
+                    min(words, max(words * (8 >> i) // 2, 16)), exact, (leads & (8 >> i)) > 0,
+                )  # fmt: skip
+    y = tl.where(here[None, :], y, 0.0)  # activations of a skipped pair were never written
+    if pairs > 1:
+        coef = tl.load(coef_ptr + pair, mask=here, other=0.0).to(tl.float32)
+        out = tl.sum(y * coef[None, :], 1)
+    else:
+        out = tl.sum(y, 1)
+    if gated:
+        gate, up = tl.split(tl.permute(tl.reshape(out, (2, rows // 2)), (1, 0)))
+        out = gate / (1.0 + tl.exp(-gate)) * up
+        if to_parts:
+            block = tl.program_id(0) + tl.arange(0, 1)
+            out = tl.where(
+                tl.program_id(0) * (rows // 2) + tl.arange(0, rows // 2) < m // 2, out, 0.0
+            )
+            _put_rounded(
+                out[None, :], y8_ptr, yd_ptr, ys_ptr, who.to(tl.int64), block, to_blocks, to_parts
+            )
+        else:
+            column = tl.program_id(0) * (rows // 2) + tl.arange(0, rows // 2)
+            tl.store(y_ptr + who.to(tl.int64) * (m // 2) + column, out, mask=column < m // 2)
+    else:
+        out = out.to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + who.to(tl.int64) * m + row, out, mask=inside)
 
 
 @dataclass(frozen=True)
@@ -293,96 +273,127 @@ class Rounded:
     d: Float[Tensor, "T blocks"]  # int8 times this
     s: Float[Tensor, "T blocks"]  # sums of what int8 stands for
 
+    @staticmethod
+    def empty(rows: int, of: Matrices) -> Rounded:
+        """Room for products with `of`."""
+        x8 = torch.empty(rows, ORDERS * of.blocks * 8, dtype=torch.int32, device=of.codes.device)
+        d, s = (torch.empty(rows, of.blocks, device=of.codes.device) for _ in range(2))
+        return Rounded(x8, d, s)
+
 
 Activations = Rounded | Float[Tensor, "T N"]  # rounded, or as they are
 
 
 def rounded(x: Float[Tensor, "T N"], of: Matrices) -> Rounded:
     """x for products with `of`, 32 columns to a scale."""
-    y = x.contiguous()[None]
-    return _rounded(y, of, of.table, 0, gated=False)
-
-
-def gated(
-    y: Float[Tensor, "splits pairs R"], of: Matrices, idx: Int[Tensor, " pairs"], experts: int
-) -> Rounded:
-    """silu(gate) * up for products with `of`; the gate's rows lie before those of up in y."""
-    return _rounded(y, of, idx, experts, gated=True)
-
-
-def _rounded(y: Tensor, of: Matrices, idx: Tensor, experts: int, *, gated: bool) -> Rounded:
-    (splits, rows, stride), n = y.shape, 8
-    x8 = torch.empty(rows, ORDERS * of.blocks * 8, dtype=torch.int32, device=y.device)
-    d, s = (torch.empty(rows, of.blocks, device=y.device) for _ in range(2))
-    with launching(y):
-        _round_kernel[(rows, triton.cdiv(of.blocks, n))](
-            y, x8.view(torch.int8), d, s, idx, experts, of.columns, of.blocks, stride, splits,
-            rows * stride, gated=gated, parts=of.parts, n=n, num_warps=2, **chained(y),
+    x, out, n = x.contiguous(), Rounded.empty(len(x), of), 8
+    with launching(x):
+        _round_kernel[(len(x), triton.cdiv(of.blocks, n))](
+            x, out.x8.view(torch.int8), out.d, out.s, of.columns, of.blocks, parts=of.parts, n=n,
+            num_warps=2, **chained(x),
         )  # fmt: skip
-    return Rounded(x8, d, s)
+    return out
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a product is cut: rows a program, words of a row at a time, splits of the columns, warps."""
+    """How a product is cut: rows a program, words of a row at a time, warps, a thread's registers."""
 
     rows: int = 8
     words: int = 128
-    splits: int = 1
     warps: int = 1
-
-
-def tiling(of: Matrices, pairs: int) -> Tiling:
-    """One that fills the GPU with programs."""
-    programs = pairs * triton.cdiv(of.rows, 8)
-    splits = max(1, min(of.blocks // 32, 4096 // programs))
-    return Tiling(splits=splits, words=128 if of.columns > 1024 else 64)
+    registers: int = 128
 
 
 def products(
     x: Activations,
     of: Matrices,
-    idx: Int[Tensor, " pairs"],
+    idx: Int[Tensor, " pairs"] | None,
     share: int,
+    dtype: torch.dtype = torch.float32,
     cut: Tiling | None = None,
-) -> Float[Tensor, "splits pairs M"]:
-    """Of each pair's expert with row pair // share of x, not yet summed over splits.
+) -> Float[Tensor, "pairs M"]:
+    """Of each pair's expert with row pair // share of x. idx: None where there is one matrix.
 
-    Rows of pairs whose expert is not there are not written.
+    Rows of pairs whose expert is not there are 0.
     """
-    cut = cut or tiling(of, len(idx))
-    run = triton.cdiv(triton.cdiv(of.blocks, cut.splits), 32) * 32  # a group never splits
-    splits = triton.cdiv(of.blocks, run)
-    y = torch.empty(splits, len(idx), of.rows, device=of.codes.device)
-    exact = isinstance(x, Tensor)
-    places = (x.contiguous(),) * 4 if isinstance(x, Tensor) else (x.x8, x.d, x.s, x.d)
-    with launching(of.codes):
-        _product_kernel[(triton.cdiv(of.rows, cut.rows), len(idx), splits)](
-            *places, of.table, of.codes, of.scale, idx, y,
-            of.rows, of.columns, of.blocks, len(of), len(idx), share, run,
-            parts=of.parts, group=of.group, rows=cut.rows, words=cut.words, exact=exact,
-            aligned=of.aligned, warps=cut.warps, num_warps=cut.warps, **chained(y),
-        )  # fmt: skip
+    pairs = share * len(x if isinstance(x, Tensor) else x.d)
+    y = torch.empty(pairs, of.rows, dtype=dtype, device=of.codes.device)
+    cut = cut or Tiling(words=_words(of))
+    _launch(x, of, idx, share, cut, (triton.cdiv(of.rows, cut.rows), pairs), y)
     return y
 
 
-def summed(
-    y: Float[Tensor, "splits pairs M"],
+def gated(
+    x: Activations,
+    of: Matrices,
     idx: Int[Tensor, " pairs"],
     share: int,
-    experts: int,
+    down: Matrices,
+    cut: Tiling | None = None,
+) -> Rounded | Float[Tensor, "pairs F"]:
+    """silu(gate) * up of each pair's expert, the gate's rows before those of up; rounded as x is."""
+    pairs, exact = len(idx), isinstance(x, Tensor)
+    cut = cut or Tiling(64, _words(of), 8)
+    grid = (triton.cdiv(of.rows // 2, cut.rows // 2), pairs)
+    made: Rounded | Tensor
+    if exact:
+        made = torch.empty(pairs, of.rows // 2, device=of.codes.device)
+        _launch(x, of, idx, share, cut, grid, made, gated=True)
+    else:
+        made = Rounded.empty(pairs, down)
+        _launch(x, of, idx, share, cut, grid, made.d, made, down, gated=True)
+    return made
+
+
+def combined(
+    x: Activations,
+    of: Matrices,
+    idx: Int[Tensor, " pairs"],
+    coef: Float[Tensor, " pairs"],
+    share: int,
     dtype: torch.dtype,
-    coef: Float[Tensor, " pairs"] | None = None,
-    places: Int[Tensor, " pairs"] | None = None,
-) -> Float[Tensor, "T M"]:
-    """Over splits and each token's `share` pairs, times `coef`. `places`: where in y each pair lies."""
-    splits, pairs, m = y.shape
-    out = torch.empty(pairs // share, m, dtype=dtype, device=y.device)
-    width = 256
-    with launching(y):
-        _sum_kernel[(pairs // share, triton.cdiv(m, width))](
-            y, idx, idx if coef is None else coef, idx if places is None else places, out, m,
-            experts, pairs, splits, share=share, weighted=coef is not None,
-            moved=places is not None, width=width, num_warps=2, **chained(y),
+    cut: Tiling | None = None,
+) -> Float[Tensor, "tokens M"]:
+    """Of each pair's expert with the pair's row of x, times `coef`, summed over a token's `share` pairs."""
+    y = torch.empty(len(idx) // share, of.rows, dtype=dtype, device=of.codes.device)
+    pairs = max(2, triton.next_power_of_2(share))
+    words = _words(of)
+    cut = cut or Tiling(words=words * max(1, 8 // pairs), warps=8)
+    _launch(x, of, idx, share, cut, (triton.cdiv(of.rows, cut.rows), len(y)), y, coef=coef)
+    return y
+
+
+def _words(of: Matrices) -> int:
+    """Of a part of 2 bits, that a warp takes at a time."""
+    return 128 if of.columns > 1024 else 64
+
+
+def _launch(
+    x: Activations,
+    of: Matrices,
+    idx: Tensor | None,
+    share: int,
+    cut: Tiling,
+    grid: tuple[int, int],
+    y: Tensor,
+    to: Rounded | None = None,
+    down: Matrices | None = None,
+    coef: Tensor | None = None,
+    *,
+    gated: bool = False,
+) -> None:
+    exact = isinstance(x, Tensor)
+    places = (x.contiguous(),) * 4 if isinstance(x, Tensor) else (x.x8, x.d, x.s, x.d)
+    out = (y, y, y) if to is None else (to.x8.view(torch.int8), to.d, to.s)
+    with launching(of.codes):
+        _product_kernel[grid](
+            *places, of.table, of.codes, of.scale, of.table if idx is None else idx,
+            of.scale if coef is None else coef, y, *out, of.rows, of.columns, of.blocks, len(of),
+            share, 0 if down is None else down.blocks,
+            parts=of.parts, leads=of.leads, group=of.group, rows=cut.rows, words=cut.words,
+            pairs=1 if coef is None else max(2, triton.next_power_of_2(share)), exact=exact,
+            aligned=of.aligned, single=idx is None, gated=gated,
+            to_parts=0 if down is None else down.parts, num_warps=cut.warps, maxnreg=cut.registers,
+            **chained(y),
         )  # fmt: skip
-    return out

@@ -3,7 +3,7 @@ on the way to the matrix units.
 
 Pairs are sorted by expert and cut into tiles of tokens that one expert serves. How many tiles there are
 depends on the routing; as many as there can be are started, and those left over return at once, so that
-nothing waits for the GPU. One launch for each width; a tile of another width returns at once too.
+nothing waits for the GPU.
 
 The matrix units are given the codes themselves, or-ed into the last bits of a power of two, which makes a
 16-bit float of that power plus the code; scales come after, one group of columns at a time:
@@ -30,7 +30,8 @@ from torch import Tensor
 from moecule.kernels.matrices import Matrices, launching
 from moecule.packed import BLOCK
 
-TILES = (16, 32, 64, 128)  # tokens of one
+# {tokens of a tile: its rows, warps, steps read ahead}
+CUTS = {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 3), 128: (128, 8, 3)}
 AHEAD = 16  # steps whose zeros are multiplied together
 
 
@@ -107,9 +108,63 @@ def _spread(at, step, there, steps, other, each: tl.constexpr, n: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def _tile(
+    x_ptr, sum_ptr, given, codes, scale_at, zero_at, there, blocks, magic,
+    bits: tl.constexpr, group: tl.constexpr, rows: tl.constexpr, n: tl.constexpr,
+    ahead: tl.constexpr,
+):  # fmt: skip
+    """[rows, tokens]: products of the rows that codes, scale_at and zero_at [rows] point to."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    whole: tl.constexpr = bits == 8 and dtype == tl.bfloat16
+    power = 0.0
+    if not whole:
+        power = 128.0 if dtype == tl.bfloat16 else 1024.0
+    per: tl.constexpr = group // (32 * n)  # steps of a group
+    steps = (blocks + n - 1) // n
+    total = tl.zeros((rows, given.shape[0]), tl.float32)
+    for step in tl.range(0, steps, ahead, num_stages=1):
+        scale = _spread(scale_at, step, there, steps, 0.0, ahead, per)
+        zero = tl.full((rows, ahead), 0.5, tl.float32)
+        if bits > 1:
+            zero = _spread(zero_at, step, there, steps, 0.0, ahead, per)
+        g = step + tl.arange(0, ahead)[None, :]
+        x_sum = tl.load(sum_ptr + (given * steps)[:, None] + g, mask=g < steps, other=0.0)
+        shift = scale * (-power - zero)
+        total = tl.dot(shift, tl.trans(x_sum), total, input_precision="tf32x3")
+    k = tl.arange(0, 32 * n)
+    x_at = x_ptr + (given * (steps * 32 * n))[:, None] + k[None, :]
+    for step in tl.range(0, steps):
+        x = tl.load(x_at + step * (32 * n))
+        q, block = tl.full((rows, 8, 2, n), 0, tl.int32), step * n
+        if not whole:
+            q += magic
+        if bits & 8:
+            q = _with_codes(q, codes, block, there, blocks, rows, n, 8, 0)
+        if bits & 4:
+            q = _with_codes(q, codes, block, there, blocks, rows, n, 4, 0)
+        if bits & 2:
+            low: tl.constexpr = bits & 4
+            q = _with_codes(q, codes + low * blocks, block, there, blocks, rows, n, 2, low)
+        if bits & 1:
+            under: tl.constexpr = bits & 6
+            q = _with_codes(q, codes + under * blocks, block, there, blocks, rows, n, 1, under)
+        if whole:  # 255 is more than the last bits of a bfloat16 hold
+            first = (q & 0xFFFF).to(tl.float32).to(dtype)
+            second = (q >> 16).to(tl.float32).to(dtype)
+        else:
+            first = q.to(tl.int16).to(dtype, bitcast=True)
+            second = (q >> 16).to(tl.int16).to(dtype, bitcast=True)
+        w = tl.reshape(tl.join(first, second), (rows, 32 * n))
+        scale = tl.load(scale_at + step // per, mask=there, other=0.0).to(tl.float32)
+        total += tl.dot(w, tl.trans(x)) * scale[:, None]
+    return total
+
+
+@triton.jit
+@no_type_check
 def _grouped_kernel(
     x_ptr, sum_ptr, given_ptr, tile_ptr, table_ptr, codes_ptr, scale_ptr, out_ptr, m, columns, blocks,
-    magic, bits: tl.constexpr, group: tl.constexpr, tokens: tl.constexpr, rows: tl.constexpr,
+    magic, widths: tl.constexpr, group: tl.constexpr, tokens: tl.constexpr, rows: tl.constexpr,
     n: tl.constexpr, ahead: tl.constexpr, aligned: tl.constexpr,
 ):  # fmt: skip
     """Program (rows, tile). `magic` has the power of two in both halves; it is no constant, for the
@@ -117,64 +172,26 @@ def _grouped_kernel(
     tile = tile_ptr + tl.program_id(1) * 3
     e, first, count = tl.load(tile).to(tl.int64), tl.load(tile + 1), tl.load(tile + 2)
     if count > 0:
-        if tl.load(table_ptr + e * 4 + 3) == bits:
-            t = tl.arange(0, tokens)
-            given = tl.load(given_ptr + first + t, mask=t < count, other=0).to(tl.int64)
-            row = (tl.program_id(0) * rows + tl.arange(0, rows)).to(tl.int64)
-            there, groups = row < m, (columns + group - 1) // group
-            start = tl.load(table_ptr + e * 4)
-            if aligned:  # so that the compiler sees it
-                start, blocks = tl.multiple_of(start, 4), blocks // 4 * 4
-            codes = codes_ptr + start + row * (blocks * bits)
-            scale_at = scale_ptr + tl.load(table_ptr + e * 4 + 1) + row * groups
-            zero_at = scale_ptr + tl.load(table_ptr + e * 4 + 2) + row * groups
-            whole: tl.constexpr = bits == 8 and x_ptr.dtype.element_ty == tl.bfloat16
-            power = 0.0
-            if not whole:
-                power = 128.0 if x_ptr.dtype.element_ty == tl.bfloat16 else 1024.0
-            per: tl.constexpr = group // (32 * n)  # steps of a group
-            steps = (blocks + n - 1) // n
-            total = tl.zeros((rows, tokens), tl.float32)
-            for step in tl.range(0, steps, ahead, num_stages=1):
-                scale = _spread(scale_at, step, there, steps, 0.0, ahead, per)
-                zero = tl.full((rows, ahead), 0.5, tl.float32)
-                if bits > 1:
-                    zero = _spread(zero_at, step, there, steps, 0.0, ahead, per)
-                g = step + tl.arange(0, ahead)[None, :]
-                x_sum = tl.load(sum_ptr + (given * steps)[:, None] + g, mask=g < steps, other=0.0)
-                shift = scale * (-power - zero)
-                total = tl.dot(shift, tl.trans(x_sum), total, input_precision="tf32x3")
-            k = tl.arange(0, 32 * n)
-            x_at = x_ptr + (given * (steps * 32 * n))[:, None] + k[None, :]
-            for step in tl.range(0, steps):
-                x = tl.load(x_at + step * (32 * n))
-                q, block = tl.full((rows, 8, 2, n), 0, tl.int32), step * n
-                if not whole:
-                    q += magic
-                if bits & 8:
-                    q = _with_codes(q, codes, block, there, blocks, rows, n, 8, 0)
-                if bits & 4:
-                    q = _with_codes(q, codes, block, there, blocks, rows, n, 4, 0)
-                if bits & 2:
-                    low: tl.constexpr = bits & 4
-                    at = codes + low * blocks
-                    q = _with_codes(q, at, block, there, blocks, rows, n, 2, low)
-                if bits & 1:
-                    under: tl.constexpr = bits & 6
-                    at = codes + under * blocks
-                    q = _with_codes(q, at, block, there, blocks, rows, n, 1, under)
-                if whole:  # 255 is more than the last bits of a bfloat16 hold
-                    low_code = (q & 0xFFFF).to(tl.float32).to(x.dtype)
-                    high_code = (q >> 16).to(tl.float32).to(x.dtype)
-                else:
-                    low_code = q.to(tl.int16).to(x.dtype, bitcast=True)
-                    high_code = (q >> 16).to(tl.int16).to(x.dtype, bitcast=True)
-                w = tl.reshape(tl.join(low_code, high_code), (rows, 32 * n))
-                scale = tl.load(scale_at + step // per, mask=there, other=0.0).to(tl.float32)
-                total += tl.dot(w, tl.trans(x)) * scale[:, None]
-            out = out_ptr + (first + t).to(tl.int64)[None, :] * m + row[:, None]
-            inside = (t < count)[None, :] & there[:, None]
-            tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside)
+        t = tl.arange(0, tokens)
+        given = tl.load(given_ptr + first + t, mask=t < count, other=0).to(tl.int64)
+        row = (tl.program_id(0) * rows + tl.arange(0, rows)).to(tl.int64)
+        there, groups = row < m, (columns + group - 1) // group
+        start, bits = tl.load(table_ptr + e * 4), tl.load(table_ptr + e * 4 + 3).to(tl.int32)
+        if aligned:  # so that the compiler sees it
+            start, blocks = tl.multiple_of(start, 4), blocks // 4 * 4
+        scale_at = scale_ptr + tl.load(table_ptr + e * 4 + 1) + row * groups
+        zero_at = scale_ptr + tl.load(table_ptr + e * 4 + 2) + row * groups
+        out = out_ptr + (first + t).to(tl.int64)[None, :] * m + row[:, None]
+        inside = (t < count)[None, :] & there[:, None]
+        for b in tl.static_range(1, 9):
+            if widths & (1 << b):
+                if bits == b:
+                    codes = codes_ptr + start + row * (blocks * b)
+                    y = _tile(
+                        x_ptr, sum_ptr, given, codes, scale_at, zero_at, there, blocks, magic,
+                        b, group, rows, n, ahead,
+                    )  # fmt: skip
+                    tl.store(out, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -242,7 +259,7 @@ class Sorted:
         """Nothing here waits for the GPU."""
         pairs = len(idx)
         most = 1.5 * pairs / experts  # the usual expert in one tile
-        tokens = next(n for n in TILES if n >= min(most, TILES[-1]))
+        tokens = next(n for n in CUTS if n >= min(most, max(CUTS)))
         by_expert, order = idx.sort(stable=True)
         places = torch.arange(experts + 1, device=idx.device)
         begins = torch.searchsorted(by_expert, places)  # of each expert, and of no expert's
@@ -265,15 +282,51 @@ def grouped(
     Rows of pairs that no expert serves are not written.
     """
     out = torch.empty(len(given), of.rows, dtype=x.x.dtype, device=x.x.device)
-    rows, warps = (64, 4) if pairs.tokens == TILES[0] else (128, 8)
-    grid = (triton.cdiv(of.rows, rows), len(pairs.tiles))
+    rows, warps, stages = CUTS[pairs.tokens]
     magic = 0x43004300 if x.x.dtype == torch.bfloat16 else 0x64006400
     with launching(out):
-        for bits in of.widths:
-            _grouped_kernel[grid](
-                x.x, x.sums, given, pairs.tiles, of.table, of.codes, of.scale, out, of.rows,
-                of.columns, of.blocks, magic, bits=bits, group=of.group, tokens=pairs.tokens,
-                rows=rows, n=_blocks(of), ahead=AHEAD, aligned=of.aligned, num_warps=warps,
-                num_stages=3,
-            )  # fmt: skip
+        _grouped_kernel[(triton.cdiv(of.rows, rows), len(pairs.tiles))](
+            x.x, x.sums, given, pairs.tiles, of.table, of.codes, of.scale, out, of.rows,
+            of.columns, of.blocks, magic, widths=sum(1 << b for b in of.widths), group=of.group,
+            tokens=pairs.tokens, rows=rows, n=_blocks(of), ahead=AHEAD, aligned=of.aligned,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+@no_type_check
+def _combine_kernel(
+    y_ptr, place_ptr, idx_ptr, coef_ptr, out_ptr, m, experts, share: tl.constexpr,
+    width: tl.constexpr,
+):  # fmt: skip
+    """Program (token, columns)."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * width + tl.arange(0, width)
+    total = tl.zeros((width,), tl.float32)
+    for k in tl.static_range(share):
+        pair = token * share + k
+        if tl.load(idx_ptr + pair) < experts:
+            at = y_ptr + tl.load(place_ptr + pair) * m + column
+            y = tl.load(at, mask=column < m, other=0.0).to(tl.float32)
+            total += y * tl.load(coef_ptr + pair).to(tl.float32)
+    out = total.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + token * m + column, out, mask=column < m)
+
+
+def combined(
+    y: Float[Tensor, "pairs M"],
+    places: Int[Tensor, " pairs"],
+    idx: Int[Tensor, "T K"],
+    coef: Float[Tensor, "T K"],
+    experts: int,
+) -> Float[Tensor, "T M"]:
+    """Each token's pairs times `coef`, added up. places: of the pairs in y."""
+    (tokens, share), m, width = idx.shape, y.shape[1], 1024
+    out = torch.empty(tokens, m, dtype=y.dtype, device=y.device)
+    with launching(y):
+        _combine_kernel[(tokens, triton.cdiv(m, width))](
+            y, places, idx.contiguous(), coef.contiguous(), out, m, experts, share=share,
+            width=width, num_warps=4,
+        )  # fmt: skip
     return out

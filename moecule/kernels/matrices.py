@@ -71,6 +71,11 @@ class Matrices:
         return reduce(or_, self.widths)
 
     @property
+    def leads(self) -> int:
+        """The parts that come first in some width, in one number."""
+        return reduce(or_, (1 << (bits.bit_length() - 1) for bits in self.widths))
+
+    @property
     def aligned(self) -> bool:
         """Whether every row of every part begins at a multiple of 16 bytes."""
         return self.blocks % 4 == 0 and all(w.data_ptr() % 16 == 0 for w in self.keeps[::3])

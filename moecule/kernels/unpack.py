@@ -1,4 +1,4 @@
-"""All weights of some packed matrices, unpacked by one launch on a GPU.
+"""All weights of a packed matrix, unpacked by one launch on a GPU.
 
 The arithmetic is that of `packed.affine`, step by step in float32.
 """
@@ -14,6 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moecule.kernels.matrices import Matrices, launching
+
+CUT = 32, 4, 4  # of a program: rows, blocks of 32 columns, warps
 
 
 @triton.jit
@@ -72,40 +74,39 @@ def spread(
 @triton.jit
 @no_type_check
 def _unpack_kernel(
-    table_ptr, codes_ptr, scale_ptr, out_ptr, m, columns, blocks,
+    table_ptr, codes_ptr, scale_ptr, out_ptr, m, columns, blocks, e,
     widths: tl.constexpr, group: tl.constexpr, rows: tl.constexpr, n: tl.constexpr,
 ):  # fmt: skip
-    """Program (rows, n blocks, matrix)."""
+    """Program (rows, n blocks) of matrix e."""
     row = (tl.program_id(0) * rows + tl.arange(0, rows)).to(tl.int64)
-    block, e = tl.program_id(1) * n, tl.program_id(2).to(tl.int64)
+    block, place = tl.program_id(1) * n, table_ptr + e * 4
     there = row < m
-    bits = tl.load(table_ptr + e * 4 + 3).to(tl.int32)
-    codes = codes_ptr + tl.load(table_ptr + e * 4) + row * (blocks * bits)
+    bits = tl.load(place + 3).to(tl.int32)
+    codes = codes_ptr + tl.load(place) + row * (blocks * bits)
     q = tl.zeros((rows, 32 * n), tl.int32)
     for b in tl.static_range(1, 9):
         if widths & (1 << b):
             if bits == b:
                 q = codes_at(codes, block, there, blocks, rows, n, b)
     groups = (columns + group - 1) // group
-    scale_at = scale_ptr + tl.load(table_ptr + e * 4 + 1) + row * groups
-    zero_at = scale_ptr + tl.load(table_ptr + e * 4 + 2) + row * groups
+    scale_at = scale_ptr + tl.load(place + 1) + row * groups
+    zero_at = scale_ptr + tl.load(place + 2) + row * groups
     scale = spread(scale_at, block, there, groups, 0.0, rows, n, group)
     zero = spread(zero_at, block, there & (bits != 1), groups, 0.5, rows, n, group)
     w = (q.to(tl.float32) - zero) * scale
     column = block * 32 + tl.arange(0, 32 * n)
-    out = out_ptr + (e * m + row)[:, None] * columns + column[None, :]
     inside = there[:, None] & (column < columns)[None, :]
+    out = out_ptr + row[:, None] * columns + column[None, :]
     tl.store(out, w.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def unpacked(of: Matrices, dtype: torch.dtype) -> Float[Tensor, "E M N"]:
-    """The weights that the codes stand for."""
-    out = torch.empty(len(of), of.rows, of.columns, dtype=dtype, device=of.codes.device)
-    rows, n = 32, 4
-    grid = (triton.cdiv(of.rows, rows), triton.cdiv(of.blocks, n), len(of))
+def unpacked(of: Matrices, e: int, dtype: torch.dtype) -> Float[Tensor, "M N"]:
+    """The weights that the codes of matrix e stand for."""
+    out = torch.empty(of.rows, of.columns, dtype=dtype, device=of.codes.device)
+    rows, n, warps = CUT
     with launching(of.codes):
-        _unpack_kernel[grid](
-            of.table, of.codes, of.scale, out, of.rows, of.columns, of.blocks,
-            widths=sum(1 << b for b in of.widths), group=of.group, rows=rows, n=n, num_warps=4,
+        _unpack_kernel[(triton.cdiv(of.rows, rows), triton.cdiv(of.blocks, n))](
+            of.table, of.codes, of.scale, out, of.rows, of.columns, of.blocks, e,
+            widths=sum(1 << b for b in of.widths), group=of.group, rows=rows, n=n, num_warps=warps,
         )  # fmt: skip
     return out
