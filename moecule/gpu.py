@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers.integrations.moe import _default_apply_gate
 
 from moecule.kernels import gemv, unpack
-from moecule.kernels.grouped import Sorted, arranged, combined, grouped
+from moecule.kernels.combine import combined
+from moecule.kernels.grouped import Sorted, arranged, grouped
 from moecule.kernels.matrices import Matrices
 from moecule.moe import activated, end_of, ended
 from moecule.packed import packed_of
@@ -94,7 +95,7 @@ def _added(
 ) -> Float[Tensor, "T H"]:
     """Each token's experts added up; places: of the pairs in out."""
     if _ends_plainly(module):
-        return combined(out, places, idx, coef, module.num_experts)
+        return combined(out, idx, coef, module.num_experts, out.dtype, places)
     return _weighted(module, out[places], idx, coef)
 
 

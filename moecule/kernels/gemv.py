@@ -24,9 +24,8 @@ import triton
 import triton.language as tl
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from moecule.kernels.matrices import Matrices, chained, launching
+from moecule.kernels.matrices import Matrices, chained, launching, take_turn
 from moecule.kernels.rounding import rint
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -54,10 +53,24 @@ def _dp4a(codes, x, total):
 
 @triton.jit
 @no_type_check
-def _take_turn():
-    """Wait for what the kernels before this one write, and let the next one start."""
-    gdc_wait()
-    gdc_launch_dependents()
+def _half(at, mask):
+    """The 16-bit floats at `at` in float32, 0 where there is no `mask`.
+
+    A plain load would be given to threads in an order of its own, since no two neighbours lie side by
+    side, and brought to the products' order through shared memory.
+    """
+    if INTERPRETED:
+        return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; .reg .b16 h; setp.ne.b32 p, $2, 0; mov.b16 h, 0; "
+            "@p ld.global.nc.b16 h, [$1]; cvt.f32.f16 $0, h; }",
+            "=r,l,r",
+            [at.to(tl.int64), mask.to(tl.int32)],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
 
 
 @triton.jit
@@ -104,7 +117,7 @@ def _round_kernel(
 ):  # fmt: skip
     """Program (row, n blocks)."""
     if chain:
-        _take_turn()
+        take_turn()
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * n + tl.arange(0, n)
     column = block[:, None] * 32 + tl.arange(0, 32)[None, :]
@@ -117,7 +130,7 @@ def _round_kernel(
 def _part(
     codes, scale, zero, row, there, has_zero, x8, d_ptr, s_ptr, x_ptr, columns, blocks, bits, low,
     b: tl.constexpr, group: tl.constexpr, words: tl.constexpr, exact: tl.constexpr,
-    leads: tl.constexpr,
+    leads: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
     """[rows, pairs]: the products with one part of b bits.
 
@@ -135,7 +148,7 @@ def _part(
     total = tl.zeros((rows, pairs, n // each), tl.float32)
     first_word = row[:, None] * (blocks * bits)[None, :] + low * blocks
     groups = (columns + group - 1) // group
-    for start in tl.range(0, blocks * b, words):
+    for start in tl.range(0, blocks * b, words, num_stages=stages):
         word = start + tl.arange(0, words)
         inside = word < blocks * b
         mask = there[:, :, None] & inside[None, None, :]
@@ -160,26 +173,29 @@ def _part(
                 x = tl.load(at, mask=inside[None, :], other=0)
                 x = tl.broadcast_to(x[None], (rows, pairs, words))
                 counts = _dp4a(_every_byte(q, j, b), x, counts)
-            at = start + tl.arange(0, n) * together
-            near = (at < blocks * b)[None, :]
-            d = tl.load(d_ptr[:, None] + (at // b)[None, :], mask=near, other=0.0)
+            # of every sum its block; of b = 8 two sums are of one
+            i = tl.arange(0, n) if together == b else tl.arange(0, n) // (b // together)
+            block = start // b + i
+            near = (block < blocks)[None, :]
+            d = tl.load(d_ptr[:, None] + block[None, :], mask=near, other=0.0)
             y = tl.sum(tl.reshape(counts, (rows, pairs, n, together)), 3).to(tl.float32) * d[None]
-            first = near & (at % b == 0)[None, :]
             x_sum = tl.zeros((pairs, n), tl.float32)
             if leads:
-                x_sum = tl.load(s_ptr[:, None] + (at // b)[None, :], mask=first, other=0.0)
+                if together < b:  # half a block's
+                    near = near & (tl.arange(0, n) % (b // together) == 0)[None, :]
+                x_sum = tl.load(s_ptr[:, None] + block[None, :], mask=near, other=0.0)
         y = tl.sum(tl.reshape(y, (rows, pairs, n // each, each)), 3)
         column = (start + tl.arange(0, n // each) * (together * each)) * (32 // b)
         which = there[:, :, None] & (column < columns)[None, None, :]
         g = (row * groups)[:, None, None] + (column // group)[None, None, :]
-        s = tl.load(scale[None, :, None] + g, mask=which, other=0.0)
+        s = _half(scale[None, :, None] + g, which)
         if leads:
             brings = which & (has_zero & (low == 0))[:, :, None]
-            z = tl.load(zero[None, :, None] + g, mask=brings, other=0.0).to(tl.float32)
+            z = _half(zero[None, :, None] + g, brings)
             if b == 1:  # of one bit all zeros are 1/2
                 z = tl.where((~has_zero)[:, :, None], 0.5, z)
             y -= z * tl.sum(tl.reshape(x_sum, (pairs, n // each, each)), 2)[None]
-        total += s.to(tl.float32) * y
+        total += s * y
     return tl.sum(total, 2) * tl.exp2(low.to(tl.float32))
 
 
@@ -189,8 +205,9 @@ def _product_kernel(
     x8_ptr, d_ptr, s_ptr, x_ptr, table_ptr, codes_ptr, scale_ptr, idx_ptr, coef_ptr, y_ptr,
     y8_ptr, yd_ptr, ys_ptr, m, columns, blocks, experts, share, to_blocks,
     parts: tl.constexpr, leads: tl.constexpr, group: tl.constexpr, rows: tl.constexpr,
-    words: tl.constexpr, pairs: tl.constexpr, exact: tl.constexpr, aligned: tl.constexpr,
-    single: tl.constexpr, gated: tl.constexpr, to_parts: tl.constexpr, chain: tl.constexpr,
+    words: tl.constexpr, most: tl.constexpr, pairs: tl.constexpr, exact: tl.constexpr, aligned: tl.constexpr,
+    single: tl.constexpr, gated: tl.constexpr, to_parts: tl.constexpr, stages: tl.constexpr,
+    chain: tl.constexpr,
 ):  # fmt: skip
     """Program (rows, pair); where `pairs` is more than 1, (rows, token), for all pairs of a token.
 
@@ -221,7 +238,7 @@ def _product_kernel(
     if aligned:  # so that the compiler sees it
         start, blocks = tl.multiple_of(start, [4]), blocks // 4 * 4
     if chain:
-        _take_turn()
+        take_turn()
     if pairs > 1:  # down: each pair has activations of its own
         at = pair.to(tl.int64)
     else:
@@ -238,7 +255,7 @@ def _product_kernel(
                     codes_ptr + start, scale_ptr + scale_at, scale_ptr + zero_at, row, inside[:, None] & ((wide & (8 >> i)) > 0), wide != 1,
                     x8 + (3 - i) * (blocks * 8), d, s, x_ptr + at * columns, columns, blocks, bits,
                     wide & (16 - (16 >> i)), 8 >> i, group,
-                    min(words, max(words * (8 >> i) // 2, 16)), exact, (leads & (8 >> i)) > 0,
+                    min(words, most * (8 >> i)), exact, (leads & (8 >> i)) > 0, stages,
                 )  # fmt: skip
     y = tl.where(here[None, :], y, 0.0)  # activations of a skipped pair were never written
     if pairs > 1:
@@ -303,6 +320,7 @@ class Tiling:
     words: int = 128
     warps: int = 1
     registers: int = 128
+    stages: int = 1
 
 
 def products(
@@ -392,8 +410,9 @@ def _launch(
             of.scale if coef is None else coef, y, *out, of.rows, of.columns, of.blocks, len(of),
             share, 0 if down is None else down.blocks,
             parts=of.parts, leads=of.leads, group=of.group, rows=cut.rows, words=cut.words,
+            most=triton.next_power_of_2(of.blocks),
             pairs=1 if coef is None else max(2, triton.next_power_of_2(share)), exact=exact,
             aligned=of.aligned, single=idx is None, gated=gated,
-            to_parts=0 if down is None else down.parts, num_warps=cut.warps, maxnreg=cut.registers,
+            to_parts=0 if down is None else down.parts, stages=cut.stages, num_warps=cut.warps, maxnreg=cut.registers,
             **chained(y),
         )  # fmt: skip

@@ -7,10 +7,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
+from typing import no_type_check
 
 import torch
+import triton
 from jaxtyping import Int64
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moecule.packed import BLOCK, Packed
 
@@ -22,8 +25,16 @@ def launching(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+@triton.jit
+@no_type_check
+def take_turn():
+    """Wait for what the kernels before this one write, and let the next one start."""
+    gdc_wait()
+    gdc_launch_dependents()
+
+
 def chained(tensor: Tensor) -> dict[str, bool]:
-    """How to launch a kernel that waits by itself for the one before, and may be started earlier."""
+    """How to launch a kernel that takes its turn by itself, and so may be started before the one before ends."""
     may = tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
     return {"chain": True, "launch_pdl": True} if may else {"chain": False}
 
