@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 from transformers.integrations.moe import _default_apply_gate
 
 from moecule.kernels import gemv, unpack
@@ -154,8 +155,8 @@ def _few(
         plain = activated(module, y, pairs.clamp(max=len(up) - 1))
         act = plain if module.exact else gemv.rounded(plain, down)
     if _ends_plainly(module):
-        each = coef.flatten().contiguous()
-        return gemv.combined(act, down, pairs, each, top_k, hidden.dtype)
+        out = gemv.products(act, down, pairs, 1)
+        return combined(out, idx, coef, len(up), hidden.dtype)
     return _weighted(module, gemv.products(act, down, pairs, 1, hidden.dtype), idx, coef)
 
 
@@ -166,5 +167,7 @@ def _ends_plainly(module: Any) -> bool:
 
 def _is_swiglu(module: Any) -> bool:
     """silu(gate) * up, the gate's rows before those of up, and nothing added."""
-    plain = type(module)._apply_gate is _default_apply_gate and isinstance(module.act_fn, nn.SiLU)
+    plain = type(module)._apply_gate is _default_apply_gate and type(module.act_fn) is type(
+        ACT2FN["silu"]
+    )
     return bool(module.has_gate and plain and not module.has_bias)

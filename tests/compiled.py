@@ -107,11 +107,11 @@ def report(
 
 if __name__ == "__main__":
     layer = {"group": 128, "aligned": True}
-    few = {"parts": 3, "leads": 2, "exact": False, "single": False, "chain": True, **layer}
-    up = few | {"rows": 64, "words": 128, "pairs": 1, "gated": True, "to_parts": 3}
-    down = few | {"rows": 8, "words": 512, "pairs": 2, "gated": False, "to_parts": 0}
+    few = {"parts": 3, "leads": 2, "exact": False, "single": False, "early": 0, "chain": True}
+    up = few | {"rows": 64, "words": 64, "most": 128, "gated": True, "to_parts": 3, "stages": 2}
+    down = few | {"rows": 8, "words": 512, "most": 512, "gated": False, "to_parts": 0, "stages": 1}
     out = {
-        name: report(gemv._product_kernel, POINTERS, cut, 8, gemv.Tiling.registers)
+        name: report(gemv._product_kernel, POINTERS, cut | layer, 4, gemv.REGISTERS)
         for name, cut in (("up", up), ("down", down))
     }
     many = {"widths": 1 << 3, "n": 4, "ahead": grouped.AHEAD, **layer}

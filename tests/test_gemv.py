@@ -20,6 +20,7 @@ pytest.importorskip("triton", reason="triton is made for Linux")
 
 from moecule import forward, gpu
 from moecule.kernels import gemv, unpack
+from moecule.kernels.combine import combined
 from moecule.kernels.grouped import Sorted, arranged, grouped
 from moecule.kernels.matrices import Matrices
 from moecule.packed import Packed, pack
@@ -124,13 +125,11 @@ def test_widths_mix_in_one_launch(columns, group, cut, exact, monkeypatch, fence
         wide = zeros.repeat_interleave(min(group, columns), 1)[:, :columns]
         most = (plain.abs() + wide) @ at.abs()
         assert ((each[pair] - plain @ at).abs() <= 3e-6 * most).all()
-    # a token's pairs together, each with activations of its own
-    own = x[torch.tensor([0, 1, 1, 0, 1, 0], device=DEVICE)]
-    coef = tiny.normal(6).to(DEVICE)
-    alone = gemv.products(own if exact else gemv.rounded(own, of), of, idx, 1, cut=cut)
-    both = gemv.combined(own if exact else gemv.rounded(own, of), of, idx, coef, 3, torch.float32)
-    want = (alone * coef[:, None]).view(2, 3, -1).sum(1)
-    assert (both - want).norm() < 1e-6 * (alone * coef[:, None]).norm()
+    # a token's pairs together
+    coef = tiny.normal(2, 3).to(DEVICE)
+    both = combined(each, idx.view(2, 3), coef, len(of), torch.float32)
+    want = (each.view(2, 3, -1) * coef[..., None]).sum(1)
+    assert (both - want).norm() < 1e-6 * each.norm()
 
 
 def test_whole_numbers_come_out_exactly():

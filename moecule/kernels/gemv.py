@@ -7,10 +7,10 @@ part of 2 and a part of 1: their products add up, the second times 4.
 
     y = sum over groups of   scale * (sum of codes * x  -  zero * sum of x)
 
-A layer's experts take three launches: activations are rounded; `gated` multiplies by gate and up, and
-rounds silu(gate) * up; `combined` multiplies by down and adds up a token's experts, in a fixed order. Each
-starts while the one before still runs, and waits for it where its results are needed. A pair whose
-expert is none of the layer's, skipped online, reads no weight.
+A layer's experts take four launches: activations are rounded; `gated` multiplies by gate and up, and
+rounds silu(gate) * up; `products` multiplies by down; `combine.combined` adds up. Each starts while the
+one before still runs, and waits for it where its results are needed. A pair whose expert is none of
+the layer's, skipped online, reads no weight.
 """
 
 from __future__ import annotations
@@ -128,158 +128,149 @@ def _round_kernel(
 @triton.jit
 @no_type_check
 def _part(
-    codes, scale, zero, row, there, has_zero, x8, d_ptr, s_ptr, x_ptr, columns, blocks, bits, low,
+    codes, scale, zero, row, there, x8, d_ptr, s_ptr, x_ptr, columns, blocks, bits, low,
     b: tl.constexpr, group: tl.constexpr, words: tl.constexpr, exact: tl.constexpr,
     leads: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
-    """[rows, pairs]: the products with one part of b bits.
+    """[rows]: the products with one part of b bits.
 
-    low [rows, pairs]: the sum of the wider parts, that many bits below this one; the first brings the
-    zeros. leads: whether this part may be the first. codes, scale, zero, x8, d_ptr, s_ptr, x_ptr [pairs]:
-    pointers to the beginnings of a pair's. there [rows, pairs]: who has this part. row [rows].
+    low: the sum of the wider parts, that many bits below this one; the first brings the zeros. leads:
+    whether this part may be the first.
     """
-    rows: tl.constexpr = there.shape[0]
-    pairs: tl.constexpr = there.shape[1]
+    rows: tl.constexpr = row.shape[0]
     together: tl.constexpr = 4 if b == 8 else b  # words that share an activation's scale
     wide: tl.constexpr = 32 * together // b
     reach: tl.constexpr = 128 // b if 128 // b < group else group  # columns under one scale
     each: tl.constexpr = reach // wide if reach > wide else 1
     n: tl.constexpr = words // together
-    total = tl.zeros((rows, pairs, n // each), tl.float32)
-    first_word = row[:, None] * (blocks * bits)[None, :] + low * blocks
-    groups = (columns + group - 1) // group
+    total = tl.zeros((rows, n // each), tl.float32)
+    first_word = row * (blocks * bits) + low * blocks
+    first_group = row * ((columns + group - 1) // group)
     for start in tl.range(0, blocks * b, words, num_stages=stages):
         word = start + tl.arange(0, words)
         inside = word < blocks * b
-        mask = there[:, :, None] & inside[None, None, :]
-        at = first_word[:, :, None] + word[None, None, :]
-        q = tl.load(codes[None, :, None] + at, mask=mask, other=0)
+        q = tl.load(
+            codes + (first_word[:, None] + word[None, :]),
+            mask=there[:, None] & inside[None, :], other=0,
+        )  # fmt: skip
         if exact:
-            sums = tl.zeros((rows, pairs, words), tl.float32)
-            given = tl.zeros((pairs, words), tl.float32)
+            sums = tl.zeros((rows, words), tl.float32)
+            given = tl.zeros((words,), tl.float32)
             for r in tl.static_range(32 // b):
                 column = word * (32 // b) + r
-                near = (inside & (column < columns))[None, :]
-                x = tl.load(x_ptr[:, None] + column[None, :], mask=near, other=0.0)
+                x = tl.load(x_ptr + column, mask=inside & (column < columns), other=0.0)
                 x = x.to(tl.float32)
-                sums += ((q >> (b * r)) & ((1 << b) - 1)).to(tl.float32) * x[None]
+                sums += ((q >> (b * r)) & ((1 << b) - 1)).to(tl.float32) * x[None, :]
                 given += x
-            y = tl.sum(tl.reshape(sums, (rows, pairs, n, together)), 3)
-            x_sum = tl.sum(tl.reshape(given, (pairs, n, together)), 2)
+            y = tl.sum(tl.reshape(sums, (rows, n, together)), 2)
+            x_sum = tl.sum(tl.reshape(given, (n, together)), 1)
         else:
-            counts = tl.zeros((rows, pairs, words), tl.int32)
+            counts = tl.zeros((rows, words), tl.int32)
             for j in tl.static_range(8 // b):
-                at = x8[:, None] + (j * (blocks * b) + word)[None, :]
-                x = tl.load(at, mask=inside[None, :], other=0)
-                x = tl.broadcast_to(x[None], (rows, pairs, words))
+                x = tl.load(x8 + (j * (blocks * b) + word), mask=inside, other=0)
+                x = tl.broadcast_to(x[None, :], (rows, words))
                 counts = _dp4a(_every_byte(q, j, b), x, counts)
             # of every sum its block; of b = 8 two sums are of one
             i = tl.arange(0, n) if together == b else tl.arange(0, n) // (b // together)
             block = start // b + i
-            near = (block < blocks)[None, :]
-            d = tl.load(d_ptr[:, None] + block[None, :], mask=near, other=0.0)
-            y = tl.sum(tl.reshape(counts, (rows, pairs, n, together)), 3).to(tl.float32) * d[None]
-            x_sum = tl.zeros((pairs, n), tl.float32)
+            near = block < blocks
+            d = tl.load(d_ptr + block, mask=near, other=0.0)
+            y = tl.sum(tl.reshape(counts, (rows, n, together)), 2).to(tl.float32) * d[None, :]
+            x_sum = tl.zeros((n,), tl.float32)
             if leads:
                 if together < b:  # half a block's
-                    near = near & (tl.arange(0, n) % (b // together) == 0)[None, :]
-                x_sum = tl.load(s_ptr[:, None] + block[None, :], mask=near, other=0.0)
-        y = tl.sum(tl.reshape(y, (rows, pairs, n // each, each)), 3)
+                    near = near & (tl.arange(0, n) % (b // together) == 0)
+                x_sum = tl.load(s_ptr + block, mask=near, other=0.0)
+        y = tl.sum(tl.reshape(y, (rows, n // each, each)), 2)
         column = (start + tl.arange(0, n // each) * (together * each)) * (32 // b)
-        which = there[:, :, None] & (column < columns)[None, None, :]
-        g = (row * groups)[:, None, None] + (column // group)[None, None, :]
-        s = _half(scale[None, :, None] + g, which)
+        which = there[:, None] & (column < columns)[None, :]
+        g = first_group[:, None] + (column // group)[None, :]
         if leads:
-            brings = which & (has_zero & (low == 0))[:, :, None]
-            z = _half(zero[None, :, None] + g, brings)
+            z = _half(zero + g, which & (bits > 1) & (low == 0))
             if b == 1:  # of one bit all zeros are 1/2
-                z = tl.where((~has_zero)[:, :, None], 0.5, z)
-            y -= z * tl.sum(tl.reshape(x_sum, (pairs, n // each, each)), 2)[None]
-        total += s * y
-    return tl.sum(total, 2) * tl.exp2(low.to(tl.float32))
+                z = tl.where(bits == 1, 0.5, z)
+            y -= z * tl.sum(tl.reshape(x_sum, (n // each, each)), 1)[None, :]
+        total += _half(scale + g, which) * y
+    return tl.sum(total, 1) * tl.exp2(low.to(tl.float32))
+
+
+@triton.jit
+@no_type_check
+def _ask_for(at, there, words, lines: tl.constexpr):
+    """Have the cache fetch `words` words from each of `at` [rows] on; nobody waits for them."""
+    if not INTERPRETED:
+        word = tl.arange(0, lines)[None, :] * 32  # a line of the cache has 32
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+            "=r,l,r",
+            [(at[:, None] + word).to(tl.int64), (there[:, None] & (word < words)).to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit
 @no_type_check
 def _product_kernel(
-    x8_ptr, d_ptr, s_ptr, x_ptr, table_ptr, codes_ptr, scale_ptr, idx_ptr, coef_ptr, y_ptr,
+    x8_ptr, d_ptr, s_ptr, x_ptr, table_ptr, codes_ptr, scale_ptr, idx_ptr, y_ptr,
     y8_ptr, yd_ptr, ys_ptr, m, columns, blocks, experts, share, to_blocks,
     parts: tl.constexpr, leads: tl.constexpr, group: tl.constexpr, rows: tl.constexpr,
-    words: tl.constexpr, most: tl.constexpr, pairs: tl.constexpr, exact: tl.constexpr, aligned: tl.constexpr,
+    words: tl.constexpr, most: tl.constexpr, exact: tl.constexpr, aligned: tl.constexpr,
     single: tl.constexpr, gated: tl.constexpr, to_parts: tl.constexpr, stages: tl.constexpr,
-    chain: tl.constexpr,
+    early: tl.constexpr, chain: tl.constexpr,
 ):  # fmt: skip
-    """Program (rows, pair); where `pairs` is more than 1, (rows, token), for all pairs of a token.
+    """Program (rows, pair).
 
     gated: half of the rows are the gate's. to_parts, to_blocks: of what the result is rounded for; 0:
-    it is not. single: there is one matrix. Which expert a pair has was known before the kernel that
-    comes before this one.
+    it is not. single: there is one matrix. early: lines of a row that the cache is asked for while the
+    kernel before still runs; which expert a pair has was known before that one.
     """
-    who, r, k = tl.program_id(1), tl.arange(0, rows), tl.arange(0, pairs)
+    pair, r = tl.program_id(1), tl.arange(0, rows)
     if gated:
-        channel = tl.program_id(0) * (rows // 2) + r % (rows // 2)
-        row, inside = channel + (r // (rows // 2)) * (m // 2), channel < m // 2
+        half: tl.constexpr = rows // 2
+        channel = tl.program_id(0) * half + r % half
+        row, there = channel + (r // half) * (m // 2), channel < m // 2
     else:
         row = tl.program_id(0) * rows + r
-        inside = row < m
-    if pairs > 1:
-        pair, here = who * share + k, k < share
-    else:
-        pair, here = who + k, k < 1
-    if single:
-        e = tl.zeros((pairs,), tl.int64)
-    else:
-        e = tl.load(idx_ptr + pair, mask=here, other=experts)
-    here = e < experts
-    place = table_ptr + e * 4
+        there = row < m
+    e = tl.zeros((), tl.int64)
+    if not single:
+        e = tl.load(idx_ptr + pair)
+    here, place = e < experts, table_ptr + e * 4
     start, bits = tl.load(place, mask=here, other=0), tl.load(place + 3, mask=here, other=0)
-    scale_at = tl.load(place + 1, mask=here, other=0)
-    zero_at = tl.load(place + 2, mask=here, other=0)
+    scale = scale_ptr + tl.load(place + 1, mask=here, other=0)
+    zero = scale_ptr + tl.load(place + 2, mask=here, other=0)
     if aligned:  # so that the compiler sees it
-        start, blocks = tl.multiple_of(start, [4]), blocks // 4 * 4
+        start, blocks = tl.multiple_of(start, 4), blocks // 4 * 4
+    codes, bits = codes_ptr + start, bits.to(tl.int32)
+    if early > 0:
+        _ask_for(codes + row * (blocks * bits), there, blocks * bits, early)
     if chain:
         take_turn()
-    if pairs > 1:  # down: each pair has activations of its own
-        at = pair.to(tl.int64)
-    else:
-        at = (pair // share).to(tl.int64)
-    at = tl.where(here, at, 0)
-    x8, d, s = x8_ptr + at * (blocks * 32), d_ptr + at * blocks, s_ptr + at * blocks
-    bits = bits.to(tl.int32)
-    y = tl.zeros((rows, pairs), tl.float32)
+    at = (pair // share).to(tl.int64)
+    x8, d, s, x = x8_ptr + at * (blocks * 32), d_ptr + at * blocks, s_ptr + at * blocks, x_ptr
+    y = tl.zeros((rows,), tl.float32)
     for i in tl.static_range(4):
         if parts & (8 >> i):
-            if tl.max(bits & (8 >> i), 0) > 0:
-                wide = tl.broadcast_to(bits[None, :], (rows, pairs))
+            if bits & (8 >> i):
                 y += _part(
-                    codes_ptr + start, scale_ptr + scale_at, scale_ptr + zero_at, row, inside[:, None] & ((wide & (8 >> i)) > 0), wide != 1,
-                    x8 + (3 - i) * (blocks * 8), d, s, x_ptr + at * columns, columns, blocks, bits,
-                    wide & (16 - (16 >> i)), 8 >> i, group,
-                    min(words, most * (8 >> i)), exact, (leads & (8 >> i)) > 0, stages,
+                    codes, scale, zero, row, there, x8 + (3 - i) * (blocks * 8), d, s,
+                    x + at * columns, columns, blocks, bits, bits & (16 - (16 >> i)), 8 >> i,
+                    group, min(words, most * (8 >> i)), exact, (leads & (8 >> i)) > 0, stages,
                 )  # fmt: skip
-    y = tl.where(here[None, :], y, 0.0)  # activations of a skipped pair were never written
-    if pairs > 1:
-        coef = tl.load(coef_ptr + pair, mask=here, other=0.0).to(tl.float32)
-        out = tl.sum(y * coef[None, :], 1)
-    else:
-        out = tl.sum(y, 1)
+    to = pair.to(tl.int64)
     if gated:
-        gate, up = tl.split(tl.permute(tl.reshape(out, (2, rows // 2)), (1, 0)))
-        out = gate / (1.0 + tl.exp(-gate)) * up
+        gate, up = tl.split(tl.permute(tl.reshape(y, (2, half)), (1, 0)))
+        column = tl.program_id(0) * half + tl.arange(0, half)
+        act = tl.where(column < m // 2, gate / (1.0 + tl.exp(-gate)) * up, 0.0)
         if to_parts:
             block = tl.program_id(0) + tl.arange(0, 1)
-            out = tl.where(
-                tl.program_id(0) * (rows // 2) + tl.arange(0, rows // 2) < m // 2, out, 0.0
-            )
-            _put_rounded(
-                out[None, :], y8_ptr, yd_ptr, ys_ptr, who.to(tl.int64), block, to_blocks, to_parts
-            )
+            _put_rounded(act[None, :], y8_ptr, yd_ptr, ys_ptr, to, block, to_blocks, to_parts)
         else:
-            column = tl.program_id(0) * (rows // 2) + tl.arange(0, rows // 2)
-            tl.store(y_ptr + who.to(tl.int64) * (m // 2) + column, out, mask=column < m // 2)
+            tl.store(y_ptr + to * (m // 2) + column, act, mask=column < m // 2)
     else:
-        out = out.to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + who.to(tl.int64) * m + row, out, mask=inside)
+        tl.store(y_ptr + to * m + row, y.to(y_ptr.dtype.element_ty), mask=there)
 
 
 @dataclass(frozen=True)
@@ -314,13 +305,36 @@ def rounded(x: Float[Tensor, "T N"], of: Matrices) -> Rounded:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a product is cut: rows a program, words of a row at a time, warps, a thread's registers."""
+    """How a product is cut.
+
+    Rows a program; words of a row at a time, of a part of 2 bits; warps; what is read ahead.
+    """
 
     rows: int = 8
     words: int = 128
     warps: int = 1
-    registers: int = 128
     stages: int = 1
+    early: bool = False
+
+
+REGISTERS = 128  # a thread's: 16 warps on a multiprocessor
+WARPS = 2048  # that fill a GPU
+
+
+def tiling(of: Matrices, pairs: int) -> Tiling:
+    """Of a product: warps share a row where there would be too few of them."""
+    rows = 8 if pairs * of.rows >= 8 * 1024 else 4
+    fill = triton.next_power_of_2(triton.cdiv(WARPS, pairs * triton.cdiv(of.rows, rows)))
+    row = triton.next_power_of_2(
+        of.blocks * max(2, *(1 << k for k in range(4) if of.parts >> k & 1))
+    )
+    warps = max(1, min(4, fill, row // 128))
+    return Tiling(rows, min(128 * warps, max(32, row)), warps)
+
+
+def gated_tiling(of: Matrices) -> Tiling:
+    """Of gate and up: a block of 32 channels, which is rounded together, a program."""
+    return Tiling(64, 64, 4, stages=2) if of.columns > 2048 else Tiling(64, 128, 8)
 
 
 def products(
@@ -337,7 +351,7 @@ def products(
     """
     pairs = share * len(x if isinstance(x, Tensor) else x.d)
     y = torch.empty(pairs, of.rows, dtype=dtype, device=of.codes.device)
-    cut = cut or Tiling(words=_words(of))
+    cut = cut or tiling(of, pairs)
     _launch(x, of, idx, share, cut, (triton.cdiv(of.rows, cut.rows), pairs), y)
     return y
 
@@ -351,40 +365,16 @@ def gated(
     cut: Tiling | None = None,
 ) -> Rounded | Float[Tensor, "pairs F"]:
     """silu(gate) * up of each pair's expert, the gate's rows before those of up; rounded as x is."""
-    pairs, exact = len(idx), isinstance(x, Tensor)
-    cut = cut or Tiling(64, _words(of), 8)
+    pairs, cut = len(idx), cut or gated_tiling(of)
     grid = (triton.cdiv(of.rows // 2, cut.rows // 2), pairs)
     made: Rounded | Tensor
-    if exact:
+    if isinstance(x, Tensor):
         made = torch.empty(pairs, of.rows // 2, device=of.codes.device)
         _launch(x, of, idx, share, cut, grid, made, gated=True)
     else:
         made = Rounded.empty(pairs, down)
         _launch(x, of, idx, share, cut, grid, made.d, made, down, gated=True)
     return made
-
-
-def combined(
-    x: Activations,
-    of: Matrices,
-    idx: Int[Tensor, " pairs"],
-    coef: Float[Tensor, " pairs"],
-    share: int,
-    dtype: torch.dtype,
-    cut: Tiling | None = None,
-) -> Float[Tensor, "tokens M"]:
-    """Of each pair's expert with the pair's row of x, times `coef`, summed over a token's `share` pairs."""
-    y = torch.empty(len(idx) // share, of.rows, dtype=dtype, device=of.codes.device)
-    pairs = max(2, triton.next_power_of_2(share))
-    words = _words(of)
-    cut = cut or Tiling(words=words * max(1, 8 // pairs), warps=8)
-    _launch(x, of, idx, share, cut, (triton.cdiv(of.rows, cut.rows), len(y)), y, coef=coef)
-    return y
-
-
-def _words(of: Matrices) -> int:
-    """Of a part of 2 bits, that a warp takes at a time."""
-    return 128 if of.columns > 1024 else 64
 
 
 def _launch(
@@ -397,22 +387,20 @@ def _launch(
     y: Tensor,
     to: Rounded | None = None,
     down: Matrices | None = None,
-    coef: Tensor | None = None,
     *,
     gated: bool = False,
 ) -> None:
     exact = isinstance(x, Tensor)
     places = (x.contiguous(),) * 4 if isinstance(x, Tensor) else (x.x8, x.d, x.s, x.d)
     out = (y, y, y) if to is None else (to.x8.view(torch.int8), to.d, to.s)
+    lines = triton.next_power_of_2(triton.cdiv(of.blocks * max(of.widths), 32))
     with launching(of.codes):
         _product_kernel[grid](
-            *places, of.table, of.codes, of.scale, of.table if idx is None else idx,
-            of.scale if coef is None else coef, y, *out, of.rows, of.columns, of.blocks, len(of),
-            share, 0 if down is None else down.blocks,
+            *places, of.table, of.codes, of.scale, of.table if idx is None else idx, y, *out,
+            of.rows, of.columns, of.blocks, len(of), share, 0 if down is None else down.blocks,
             parts=of.parts, leads=of.leads, group=of.group, rows=cut.rows, words=cut.words,
-            most=triton.next_power_of_2(of.blocks),
-            pairs=1 if coef is None else max(2, triton.next_power_of_2(share)), exact=exact,
-            aligned=of.aligned, single=idx is None, gated=gated,
-            to_parts=0 if down is None else down.parts, stages=cut.stages, num_warps=cut.warps, maxnreg=cut.registers,
-            **chained(y),
+            most=triton.next_power_of_2(of.blocks), exact=exact, aligned=of.aligned,
+            single=idx is None, gated=gated, to_parts=0 if down is None else down.parts,
+            stages=cut.stages, early=lines if cut.early else 0, num_warps=cut.warps,
+            maxnreg=REGISTERS, **chained(y),
         )  # fmt: skip

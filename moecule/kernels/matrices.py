@@ -34,7 +34,7 @@ def take_turn():
 
 
 def chained(tensor: Tensor) -> dict[str, bool]:
-    """How to launch a kernel that takes its turn by itself, and so may be started before the one before ends."""
+    """How to launch a kernel that takes its turn, and may be started before the one before ends."""
     may = tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
     return {"chain": True, "launch_pdl": True} if may else {"chain": False}
 
