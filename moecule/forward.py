@@ -1,11 +1,14 @@
 """How packed weights are run: an experts module's forward, a Linear's, and the weights themselves.
 
-On a CPU the codes are multiplied as they are by the C kernel, where a compiler has made it; else, and on
-a GPU, weights are unpacked by torch first.
+The codes are multiplied as they are: on a CPU by the C kernel, where a compiler has made it, on a GPU by
+Triton's. Where there is neither, or a gradient is wanted, weights are unpacked by torch first.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +19,27 @@ from torch import Tensor, nn
 from moecule.kernels import cpu
 from moecule.moe import activated, ended
 from moecule.packed import Packed, packed_of
+
+
+def _kernels_of_gpu() -> Any:
+    """The module `gpu`, which needs Triton; None without either."""
+    if not torch.cuda.is_available():
+        return None
+    if importlib.util.find_spec("triton") is None:
+        warnings.warn(
+            "packed weights run by plain torch on the GPU: there is no triton; pip install triton",
+            stacklevel=2,
+        )
+        return None
+    return importlib.import_module("moecule.gpu")
+
+
+GPU = _kernels_of_gpu()
+
+
+def _on_gpu(x: Tensor) -> bool:
+    """Whether Triton's kernels may run."""
+    return GPU is not None and x.is_cuda and not (torch.is_grad_enabled() and x.requires_grad)
 
 
 def unpacked(weight: Packed, dtype: torch.dtype) -> Float[Tensor, "M N"]:
@@ -40,7 +64,13 @@ def times(x: Float[Tensor, "T N"], weight: Packed, *, exact: bool = True) -> Flo
 
 def linear_forward(self: Any, x: Float[Tensor, "*B N"]) -> Float[Tensor, "*B M"]:
     """The forward of a Linear whose weight is packed."""
-    y = times(x.reshape(-1, x.shape[-1]), packed_of(self, "weight"), exact=self.exact)
+    flat = x.reshape(-1, x.shape[-1])
+    of = GPU.weight_there(self) if _on_gpu(x) else None
+    y: Tensor
+    if of is not None:
+        y = GPU.linear(flat, of, exact=self.exact)
+    else:
+        y = times(flat, packed_of(self, "weight"), exact=self.exact)
     y = y.view(*x.shape[:-1], y.shape[-1])
     return y if self.bias is None else y + self.bias
 
@@ -51,6 +81,10 @@ def packed_forward(
     """The forward of an experts module whose weights are packed; only experts that are hit are read."""
     if self.skip is not None:
         idx, coef = self.skip(hidden, idx, coef, self.num_experts)
+    found = GPU.experts_there(self) if _on_gpu(hidden) else None
+    if found is not None:
+        made: Tensor = GPU.experts_forward(self, *found, hidden, idx, coef)
+        return made
     top_k, order = idx.shape[1], idx.flatten().argsort(stable=True)
     counts = idx.flatten().bincount(minlength=self.num_experts + 1).tolist()
     *pairs, skipped = order.split(counts)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import _default_apply_gate
 
-from moecule.kernels import gemv, unpack
+from moecule.kernels import ops, unpack
 from moecule.kernels.combine import combined
 from moecule.kernels.grouped import Sorted, arranged, grouped
 from moecule.kernels.matrices import Matrices
@@ -31,18 +31,43 @@ FEW_TOKENS = 12  # at a weight that all tokens meet
 
 def experts_there(module: Any) -> tuple[Matrices, Matrices] | None:
     """(gate and up, down) of an experts module, found once; None where the kernels do not serve them."""
-    if any(kind == "bits16" for kind, _ in module.slots):
-        return None
+    if torch.compiler.is_compiling() and "there" in vars(module):
+        there: tuple[Matrices, Matrices] | None = module.there
+    else:
+        there = _find_experts(module)
+    return there
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _find_experts(module: Any) -> tuple[Matrices, Matrices] | None:
     stacks = [(module.packed[kind], row) for kind, row in module.slots]
-    place, known = stacks[0][0].gate_up_codes.data_ptr(), vars(module).setdefault("there", {})
-    if place not in known:  # they have moved
-        known.clear()
+    place = None if "bits16" in module.packed else stacks[0][0].gate_up_codes.data_ptr()
+    if "there" not in vars(module) or module.place != place:  # or they have moved
         up, down = (
-            Matrices.of([packed_of(stack, name, row) for stack, row in stacks])
+            None if place is None else Matrices.of([packed_of(s, name, row) for s, row in stacks])
             for name in ("gate_up", "down")
         )
-        known[place] = None if up is None or down is None else (up, down)
-    found: tuple[Matrices, Matrices] | None = known[place]
+        module.there = None if up is None or down is None else (up, down)
+        module.place = place
+    found: tuple[Matrices, Matrices] | None = module.there
+    return found
+
+
+def weight_there(module: Any) -> Matrices | None:
+    """A Linear's weight, found once."""
+    if torch.compiler.is_compiling() and "there" in vars(module):
+        there: Matrices | None = module.there
+    else:
+        there = _find_weight(module)
+    return there
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _find_weight(module: Any) -> Matrices | None:
+    place = module.weight_codes.data_ptr()
+    if "there" not in vars(module) or module.place != place:
+        module.there, module.place = Matrices.of([packed_of(module, "weight")]), place
+    found: Matrices | None = module.there
     return found
 
 
@@ -50,7 +75,7 @@ def linear(x: Float[Tensor, "T N"], of: Matrices, *, exact: bool) -> Float[Tenso
     """x times one transposed weight."""
     if len(x) > FEW_TOKENS:
         return nn.functional.linear(x, unpack.unpacked(of, 0, x.dtype))
-    return gemv.products(x if exact else gemv.rounded(x, of), of, None, 1, x.dtype)
+    return ops.products([x] if exact else ops.rounded(x, of), of, None, 1, x)
 
 
 def experts_forward(
@@ -146,18 +171,17 @@ def _few(
     module: Any, up: Matrices, down: Matrices, hidden: Tensor, idx: Tensor, coef: Tensor
 ) -> Tensor:
     top_k, pairs = idx.shape[1], idx.flatten()
-    x = hidden if module.exact else gemv.rounded(hidden, up)
-    act: gemv.Activations
+    x = [hidden] if module.exact else ops.rounded(hidden, up)
     if _is_swiglu(module):
-        act = gemv.gated(x, up, pairs, top_k, down)
+        act = ops.gated(x, up, pairs, top_k, down)
     else:
-        y = gemv.products(x, up, pairs, top_k)
+        y = ops.products(x, up, pairs, top_k)
         plain = activated(module, y, pairs.clamp(max=len(up) - 1))
-        act = plain if module.exact else gemv.rounded(plain, down)
+        act = [plain] if module.exact else ops.rounded(plain, down)
     if _ends_plainly(module):
-        out = gemv.products(act, down, pairs, 1)
-        return combined(out, idx, coef, len(up), hidden.dtype)
-    return _weighted(module, gemv.products(act, down, pairs, 1, hidden.dtype), idx, coef)
+        out = ops.products(act, down, pairs, 1)
+        return ops.combined(out, idx, coef, len(up), hidden)
+    return _weighted(module, ops.products(act, down, pairs, 1, hidden), idx, coef)
 
 
 def _ends_plainly(module: Any) -> bool:

@@ -264,6 +264,11 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         return False
 
+    @property
+    def is_compileable(self) -> bool:
+        """What transformers asks before it compiles a decoding step."""
+        return True
+
 
 class MoeculeConfig(PreTrainedConfig):  # type: ignore[misc]
     """Stands for model_type "moecule"; becomes a subclass of the original family's config."""

@@ -26,8 +26,12 @@ from moecule.kernels.matrices import Matrices
 from moecule.packed import Packed, pack
 from moecule.plan import Keep
 
-# the interpreter's, of loop bounds
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim")
+pytestmark = [
+    # the interpreter's, of loop bounds
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim"),
+    # of rows that nobody wrote and nobody reads
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered"),
+]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MIXED = (2, 1, 3, 8, 4)
 # the interpreter knows no bfloat16

@@ -51,7 +51,8 @@ class Matrices:
     columns: int
     group: int
     widths: tuple[int, ...]  # all that occur
-    keeps: tuple[Tensor, ...]  # what the table points into must outlive it
+    aligned: bool  # whether every row of every part begins at a multiple of 16 bytes
+    keeps: tuple[Tensor, ...] = ()  # what the table points into must outlive it
 
     @staticmethod
     def of(weights: Sequence[Packed]) -> Matrices | None:
@@ -71,7 +72,10 @@ class Matrices:
         at = torch.tensor(table, dtype=torch.int64, device=first.codes.device)
         rows, columns = first.codes.shape[0], first.columns
         widths = tuple(sorted({w.bits for w in weights}))
-        return Matrices(at, first.codes, first.scale, rows, columns, group, widths, tuple(keeps))
+        even = all(w.codes.data_ptr() % 16 == 0 for w in weights) and -(-columns // BLOCK) % 4 == 0
+        return Matrices(
+            at, first.codes, first.scale, rows, columns, group, widths, even, tuple(keeps)
+        )
 
     def __len__(self) -> int:
         return len(self.table)
@@ -85,11 +89,6 @@ class Matrices:
     def leads(self) -> int:
         """The parts that come first in some width, in one number."""
         return reduce(or_, (1 << (bits.bit_length() - 1) for bits in self.widths))
-
-    @property
-    def aligned(self) -> bool:
-        """Whether every row of every part begins at a multiple of 16 bytes."""
-        return self.blocks % 4 == 0 and all(w.data_ptr() % 16 == 0 for w in self.keeps[::3])
 
     @property
     def blocks(self) -> int:

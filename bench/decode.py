@@ -1,0 +1,193 @@
+"""Decoding one sequence by whole models of full size on a GPU: tokens a second, and memory.
+
+    python -m bench.decode [mixtral-8x7b qwen3-30b-a3b] [--layers N] [-o RESULT.json]
+
+Random weights made on the GPU: half of a layer's experts of 3 bits and half of 2, attention and the output
+layer of 4, groups of 128, embeddings in bf16. After a prompt of 128 tokens:
+
+- step: the model's forward through torch.compile with a static cache, captured in one CUDA graph and
+  replayed; activations rounded to int8, and exact;
+- generate: transformers' own `generate` with a static cache, which compiles by itself, all that it
+  does for a token included.
+
+The floor is the bytes that a token needs, all that is stored but other tokens' embeddings and the experts
+not hit, at the rate at which this GPU reads a large tensor in the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
+
+from bench.full_size import SHAPES
+from bench.layers import read_rate
+from moecule import runtime
+from moecule.measure import device_name
+from moecule.moe import experts_in
+
+GROUP, PROMPT, NEW, STEPS = 128, 128, 128, 100
+
+
+def random_model(name: str, layers: int | None) -> Any:
+    """Compressed, of full size, with weights that keep hidden states finite."""
+    settings = {**SHAPES[name], "dtype": "bfloat16"}
+    if layers:
+        settings["num_hidden_layers"] = layers
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.requires_grad_(False)
+    model.config.moecule = {"model_type": config.model_type}
+    n = config.num_local_experts if hasattr(config, "num_local_experts") else config.num_experts
+    widths = " ".join(f"{3 - e % 2}g{GROUP}" for e in range(n))
+    dense = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and ("self_attn" in name or name == "lm_head")
+    ]
+    packed = runtime.PackedConfig(
+        {str(i): widths for i in range(config.num_hidden_layers)},
+        dict.fromkeys(dense, f"4g{GROUP}"),
+    )
+    runtime.prepare_model(model, packed)
+    model.to_empty(device="cuda")
+    for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if key.endswith("_codes"):
+            tensor.random_(-(2**31), 2**31 - 1)
+        elif key.endswith(("_scale", "_zero")):
+            most = 0.02 if key.endswith("_scale") else 3.0
+            tensor.copy_(torch.rand_like(tensor, dtype=torch.float16).mul_(most).view(torch.int16))
+        elif tensor.dim() > 1:
+            tensor.normal_(0, 0.02)
+        else:
+            tensor.fill_(1.0)
+    rotary = model.model.rotary_emb  # its frequencies are made where it is
+    model.model.rotary_emb = type(rotary)(config).to("cuda")
+    runtime.set_exact(model, False)
+    return model.eval()
+
+
+def bytes_of(model: Any) -> int:
+    """All that a checkpoint would hold."""
+    return sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+
+
+def bytes_needed(model: Any) -> float:
+    """That a token's step reads: the experts' share that is hit, all else but the embeddings."""
+    experts = [m for _, m in experts_in(model)]
+    of_experts = sum(t.nbytes for m in experts for t in m.buffers())
+    text = model.config.get_text_config()
+    n = experts[0].num_experts
+    rest = bytes_of(model) - of_experts - model.get_input_embeddings().weight.nbytes
+    return rest + of_experts * text.num_experts_per_tok / n
+
+
+@torch.no_grad()
+def step_seconds(model: Any, prompt: torch.Tensor) -> float:
+    """Of a replayed step after the prompt."""
+    cache = StaticCache(config=model.config, max_cache_len=PROMPT + 3 + STEPS + 25)
+    model(prompt, past_key_values=cache, use_cache=True)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False)
+    token = prompt[:, :1].clone()
+    position = torch.full((1, 1), PROMPT, device="cuda")
+
+    def step() -> torch.Tensor:
+        out: torch.Tensor = compiled(
+            token, past_key_values=cache, position_ids=position, use_cache=True
+        ).logits
+        return out
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = step()
+    graph.replay()
+    assert torch.isfinite(logits).all()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(STEPS):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / STEPS
+
+
+@torch.no_grad()
+def generate_seconds(model: Any, prompt: torch.Tensor) -> float:
+    """Of a token, by transformers' generate, the second time."""
+    how = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    how["cache_implementation"] = "static"
+    taken = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), **how)
+        torch.cuda.synchronize()
+        taken.append((time.perf_counter() - start) / (out.shape[1] - PROMPT))
+    return min(taken[1:])
+
+
+def measured(name: str, args: argparse.Namespace, rate: float) -> dict[str, Any]:
+    """A model's row."""
+    before, start = torch.cuda.memory_allocated(), time.perf_counter()
+    model = random_model(name, args.layers)
+    stored = bytes_of(model)
+    prompt = torch.randint(0, 30000, (1, PROMPT), device="cuda")
+    floor = bytes_needed(model) / rate
+    row = {"shape": name, "layers": model.config.num_hidden_layers, "floor_tok_s": 1 / floor}
+    row |= {"stored_bytes": stored, "made_s": time.perf_counter() - start}
+    row["allocated_bytes"] = torch.cuda.memory_allocated() - before
+    with torch.no_grad():
+        model(prompt)
+    row["after_prompt_bytes"] = torch.cuda.memory_allocated() - before
+    for what in ("int8", "exact")[: 1 if args.quick else 2]:
+        runtime.set_exact(model, what == "exact")
+        torch._dynamo.reset()
+        start = time.perf_counter()
+        row[f"{what}_tok_s"] = 1 / step_seconds(model, prompt)
+        row[f"{what}_s"] = time.perf_counter() - start
+        print(json.dumps(row), flush=True)
+    runtime.set_exact(model, False)
+    torch._dynamo.reset()
+    start = time.perf_counter()
+    row["generate_tok_s"] = 1 / generate_seconds(model, prompt)
+    row["generate_s"] = time.perf_counter() - start
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("shapes", nargs="*", default=["mixtral-8x7b", "qwen3-30b-a3b"])
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--quick", action="store_true", help="int8 activations only")
+    parser.add_argument("-o", "--out", type=Path)
+    args = parser.parse_args()
+    rate = read_rate()
+    print(f"{device_name(torch.device('cuda'))}, reads {rate / 1e12:.2f} TB/s", flush=True)
+    rows = [measured(name, args, rate) for name in args.shapes]
+    print("| | floor, tok/s | step, int8 | step, exact | generate | stored, GB | allocated, GB |")
+    print("|---|--:|--:|--:|--:|--:|--:|")
+    for r in rows:
+        speeds = [
+            f"{r[k]:.0f}" if k in r else ""
+            for k in ("floor_tok_s", "int8_tok_s", "exact_tok_s", "generate_tok_s")
+        ]
+        sizes = [f"{r[k] / 1e9:.2f}" for k in ("stored_bytes", "after_prompt_bytes")]
+        print("| " + " | ".join([r["shape"], *speeds, *sizes]) + " |", flush=True)
+    if args.out:
+        args.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
