@@ -23,7 +23,7 @@ from moecule.kernels import gemv, grouped
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 POINTERS = {
     "x8_ptr": "*i32", "d_ptr": "*fp32", "s_ptr": "*fp32", "x_ptr": "*fp32", "table_ptr": "*i64",
-    "codes_ptr": "*i32", "scale_ptr": "*fp16", "idx_ptr": "*i64", "coef_ptr": "*bf16", "y_ptr": "*fp32",
+    "idx_ptr": "*i64", "coef_ptr": "*bf16", "y_ptr": "*fp32",
     "y8_ptr": "*i8", "yd_ptr": "*fp32", "ys_ptr": "*fp32",
 }  # fmt: skip
 GROUPED = {

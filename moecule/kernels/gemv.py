@@ -213,7 +213,7 @@ def _ask_for(at, there, words, lines: tl.constexpr):
 @triton.jit
 @no_type_check
 def _product_kernel(
-    x8_ptr, d_ptr, s_ptr, x_ptr, table_ptr, codes_ptr, scale_ptr, idx_ptr, y_ptr,
+    x8_ptr, d_ptr, s_ptr, x_ptr, table_ptr, idx_ptr, y_ptr,
     y8_ptr, yd_ptr, ys_ptr, m, columns, blocks, experts, share, to_blocks,
     parts: tl.constexpr, leads: tl.constexpr, group: tl.constexpr, rows: tl.constexpr,
     words: tl.constexpr, most: tl.constexpr, exact: tl.constexpr, aligned: tl.constexpr,
@@ -238,12 +238,13 @@ def _product_kernel(
     if not single:
         e = tl.load(idx_ptr + pair)
     here, place = e < experts, table_ptr + e * 4
-    start, bits = tl.load(place, mask=here, other=0), tl.load(place + 3, mask=here, other=0)
-    scale = scale_ptr + tl.load(place + 1, mask=here, other=0)
-    zero = scale_ptr + tl.load(place + 2, mask=here, other=0)
+    codes = tl.load(place, mask=here, other=0).to(tl.pointer_type(tl.int32))
+    bits = tl.load(place + 3, mask=here, other=0)
+    scale = tl.load(place + 1, mask=here, other=0).to(tl.pointer_type(tl.float16))
+    zero = tl.load(place + 2, mask=here, other=0).to(tl.pointer_type(tl.float16))
     if aligned:  # so that the compiler sees it
-        start, blocks = tl.multiple_of(start, 4), blocks // 4 * 4
-    codes, bits = codes_ptr + start, bits.to(tl.int32)
+        codes, blocks = tl.multiple_of(codes, 16), blocks // 4 * 4
+    bits = bits.to(tl.int32)
     if early > 0:
         _ask_for(codes + row * (blocks * bits), there, blocks * bits, early)
     if chain:
@@ -284,8 +285,8 @@ class Rounded:
     @staticmethod
     def empty(rows: int, of: Matrices) -> Rounded:
         """Room for products with `of`."""
-        x8 = torch.empty(rows, ORDERS * of.blocks * 8, dtype=torch.int32, device=of.codes.device)
-        d, s = (torch.empty(rows, of.blocks, device=of.codes.device) for _ in range(2))
+        x8 = torch.empty(rows, ORDERS * of.blocks * 8, dtype=torch.int32, device=of.table.device)
+        d, s = (torch.empty(rows, of.blocks, device=of.table.device) for _ in range(2))
         return Rounded(x8, d, s)
 
 
@@ -350,7 +351,7 @@ def products(
     Rows of pairs whose expert is not there are 0.
     """
     pairs = share * len(x if isinstance(x, Tensor) else x.d)
-    y = torch.empty(pairs, of.rows, dtype=dtype, device=of.codes.device)
+    y = torch.empty(pairs, of.rows, dtype=dtype, device=of.table.device)
     cut = cut or tiling(of, pairs)
     _launch(x, of, idx, share, cut, (triton.cdiv(of.rows, cut.rows), pairs), y)
     return y
@@ -369,7 +370,7 @@ def gated(
     grid = (triton.cdiv(of.rows // 2, cut.rows // 2), pairs)
     made: Rounded | Tensor
     if isinstance(x, Tensor):
-        made = torch.empty(pairs, of.rows // 2, device=of.codes.device)
+        made = torch.empty(pairs, of.rows // 2, device=of.table.device)
         _launch(x, of, idx, share, cut, grid, made, gated=True)
     else:
         made = Rounded.empty(pairs, down)
@@ -394,9 +395,9 @@ def _launch(
     places = (x.contiguous(),) * 4 if isinstance(x, Tensor) else (x.x8, x.d, x.s, x.d)
     out = (y, y, y) if to is None else (to.x8.view(torch.int8), to.d, to.s)
     lines = triton.next_power_of_2(triton.cdiv(of.blocks * max(of.widths), 32))
-    with launching(of.codes):
+    with launching(of.table):
         _product_kernel[grid](
-            *places, of.table, of.codes, of.scale, of.table if idx is None else idx, y, *out,
+            *places, of.table, of.table if idx is None else idx, y, *out,
             of.rows, of.columns, of.blocks, len(of), share, 0 if down is None else down.blocks,
             parts=of.parts, leads=of.leads, group=of.group, rows=cut.rows, words=cut.words,
             most=triton.next_power_of_2(of.blocks), exact=exact, aligned=of.aligned,

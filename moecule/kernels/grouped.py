@@ -163,7 +163,7 @@ def _tile(
 @triton.jit
 @no_type_check
 def _grouped_kernel(
-    x_ptr, sum_ptr, given_ptr, tile_ptr, table_ptr, codes_ptr, scale_ptr, out_ptr, m, columns, blocks,
+    x_ptr, sum_ptr, given_ptr, tile_ptr, table_ptr, out_ptr, m, columns, blocks,
     magic, widths: tl.constexpr, group: tl.constexpr, tokens: tl.constexpr, rows: tl.constexpr,
     n: tl.constexpr, ahead: tl.constexpr, aligned: tl.constexpr,
 ):  # fmt: skip
@@ -176,17 +176,19 @@ def _grouped_kernel(
         given = tl.load(given_ptr + first + t, mask=t < count, other=0).to(tl.int64)
         row = (tl.program_id(0) * rows + tl.arange(0, rows)).to(tl.int64)
         there, groups = row < m, (columns + group - 1) // group
-        start, bits = tl.load(table_ptr + e * 4), tl.load(table_ptr + e * 4 + 3).to(tl.int32)
+        start = tl.load(table_ptr + e * 4).to(tl.pointer_type(tl.int32))
+        bits = tl.load(table_ptr + e * 4 + 3).to(tl.int32)
         if aligned:  # so that the compiler sees it
-            start, blocks = tl.multiple_of(start, 4), blocks // 4 * 4
-        scale_at = scale_ptr + tl.load(table_ptr + e * 4 + 1) + row * groups
-        zero_at = scale_ptr + tl.load(table_ptr + e * 4 + 2) + row * groups
+            start, blocks = tl.multiple_of(start, 16), blocks // 4 * 4
+        half: tl.constexpr = tl.pointer_type(tl.float16)
+        scale_at = tl.load(table_ptr + e * 4 + 1).to(half) + row * groups
+        zero_at = tl.load(table_ptr + e * 4 + 2).to(half) + row * groups
         out = out_ptr + (first + t).to(tl.int64)[None, :] * m + row[:, None]
         inside = (t < count)[None, :] & there[:, None]
         for b in tl.static_range(1, 9):
             if widths & (1 << b):
                 if bits == b:
-                    codes = codes_ptr + start + row * (blocks * b)
+                    codes = start + row * (blocks * b)
                     y = _tile(
                         x_ptr, sum_ptr, given, codes, scale_at, zero_at, there, blocks, magic,
                         b, group, rows, n, ahead,
@@ -286,7 +288,7 @@ def grouped(
     magic = 0x43004300 if x.x.dtype == torch.bfloat16 else 0x64006400
     with launching(out):
         _grouped_kernel[(triton.cdiv(of.rows, rows), len(pairs.tiles))](
-            x.x, x.sums, given, pairs.tiles, of.table, of.codes, of.scale, out, of.rows,
+            x.x, x.sums, given, pairs.tiles, of.table, out, of.rows,
             of.columns, of.blocks, magic, widths=sum(1 << b for b in of.widths), group=of.group,
             tokens=pairs.tokens, rows=rows, n=_blocks(of), ahead=AHEAD, aligned=of.aligned,
             num_warps=warps, num_stages=stages,

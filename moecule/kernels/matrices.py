@@ -43,10 +43,7 @@ def chained(tensor: Tensor) -> dict[str, bool]:
 class Matrices:
     """Packed weights [M, N] of one shape and one group, of any widths: where each lies."""
 
-    table: Int64[Tensor, "E four"]  # distances from the first one's: codes in words, scale and zero
-    # in halves; and bits
-    codes: Tensor  # where the first one's lie
-    scale: Tensor
+    table: Int64[Tensor, "E four"]  # addresses of codes, scale and zero; and bits
     rows: int
     columns: int
     group: int
@@ -62,20 +59,17 @@ class Matrices:
         alike = all((w.group, w.columns) == (first.group, first.columns) for w in weights)
         if not alike or group not in GROUPS:
             return None
-        base, halves = first.codes.data_ptr(), first.scale.data_ptr()
         table, keeps = [], []
         for w in weights:
             zero = w.scale if w.zero is None else w.zero  # 1/2 is not stored, and not read
-            places = [(t.data_ptr() - halves) // 2 for t in (w.scale, zero)]
-            table.append([(w.codes.data_ptr() - base) // 4, *places, w.bits])
+            table.append([*(t.data_ptr() for t in (w.codes, w.scale, zero)), w.bits])
             keeps += [w.codes, w.scale, zero]
         at = torch.tensor(table, dtype=torch.int64, device=first.codes.device)
+        torch._dynamo.mark_static_address(at)  # CUDA graphs need not copy it before every step
         rows, columns = first.codes.shape[0], first.columns
         widths = tuple(sorted({w.bits for w in weights}))
         even = all(w.codes.data_ptr() % 16 == 0 for w in weights) and -(-columns // BLOCK) % 4 == 0
-        return Matrices(
-            at, first.codes, first.scale, rows, columns, group, widths, even, tuple(keeps)
-        )
+        return Matrices(at, rows, columns, group, widths, even, tuple(keeps))
 
     def __len__(self) -> int:
         return len(self.table)

@@ -1,6 +1,6 @@
 """The kernels for few tokens as torch operators, which torch.compile takes as they are.
 
-What a `Matrices` is made of is passed in pieces: tensors, and whole numbers.
+A `Matrices` is passed in pieces: its table, and whole numbers.
 """
 
 from __future__ import annotations
@@ -15,20 +15,16 @@ from torch import Tensor
 from moecule.kernels import combine, gemv
 from moecule.kernels.matrices import Matrices
 
-Pieces = tuple[list[Tensor], list[int]]
+
+def pieces(of: Matrices) -> tuple[Tensor, list[int]]:
+    """What `whole` puts together again."""
+    return of.table, [of.rows, of.columns, of.group, int(of.aligned), *of.widths]
 
 
-def pieces(of: Matrices) -> Pieces:
-    """(tensors, numbers) that `whole` puts together again."""
-    return [of.table, of.codes, of.scale], [
-        of.rows, of.columns, of.group, int(of.aligned), *of.widths
-    ]  # fmt: skip
-
-
-def whole(tensors: Sequence[Tensor], numbers: Sequence[int]) -> Matrices:
+def whole(table: Tensor, numbers: Sequence[int]) -> Matrices:
     """The inverse of `pieces`; whoever calls keeps alive what the table points into."""
-    (table, codes, scale), (rows, columns, group, aligned, *widths) = tensors, numbers
-    return Matrices(table, codes, scale, rows, columns, group, tuple(widths), bool(aligned))
+    rows, columns, group, aligned, *widths = numbers
+    return Matrices(table, rows, columns, group, tuple(widths), bool(aligned))
 
 
 def _given(x: list[Tensor]) -> gemv.Activations:
@@ -47,12 +43,12 @@ def _define(
     return made
 
 
-def _rounded(x: Tensor, at: list[Tensor], how: list[int]) -> list[Tensor]:
+def _rounded(x: Tensor, at: Tensor, how: list[int]) -> list[Tensor]:
     made = gemv.rounded(x, whole(at, how))
     return [made.x8, made.d, made.s]
 
 
-def _rounded_fake(x: Tensor, at: list[Tensor], how: list[int]) -> list[Tensor]:
+def _rounded_fake(x: Tensor, at: Tensor, how: list[int]) -> list[Tensor]:
     return _room(x, len(x), -(-how[1] // 32))
 
 
@@ -62,7 +58,7 @@ def _room(x: Tensor, rows: int, blocks: int) -> list[Tensor]:
 
 
 def _products(
-    x: list[Tensor], at: list[Tensor], how: list[int], idx: Tensor | None, share: int,
+    x: list[Tensor], at: Tensor, how: list[int], idx: Tensor | None, share: int,
     as_: Tensor | None,
 ) -> Tensor:  # fmt: skip
     dtype = torch.float32 if as_ is None else as_.dtype
@@ -70,7 +66,7 @@ def _products(
 
 
 def _products_fake(
-    x: list[Tensor], at: list[Tensor], how: list[int], idx: Tensor | None, share: int,
+    x: list[Tensor], at: Tensor, how: list[int], idx: Tensor | None, share: int,
     as_: Tensor | None,
 ) -> Tensor:  # fmt: skip
     dtype = torch.float32 if as_ is None else as_.dtype
@@ -78,16 +74,16 @@ def _products_fake(
 
 
 def _gated(
-    x: list[Tensor], at: list[Tensor], how: list[int], idx: Tensor, share: int,
-    down: list[Tensor], down_how: list[int],
+    x: list[Tensor], at: Tensor, how: list[int], idx: Tensor, share: int,
+    down: Tensor, down_how: list[int],
 ) -> list[Tensor]:  # fmt: skip
     made = gemv.gated(_given(x), whole(at, how), idx, share, whole(down, down_how))
     return [made] if isinstance(made, Tensor) else [made.x8, made.d, made.s]
 
 
 def _gated_fake(
-    x: list[Tensor], at: list[Tensor], how: list[int], idx: Tensor, share: int,
-    down: list[Tensor], down_how: list[int],
+    x: list[Tensor], at: Tensor, how: list[int], idx: Tensor, share: int,
+    down: Tensor, down_how: list[int],
 ) -> list[Tensor]:  # fmt: skip
     if len(x) == 1:
         return [x[0].new_empty(len(idx), how[0] // 2, dtype=torch.float32)]
@@ -102,7 +98,7 @@ def _combined_fake(y: Tensor, idx: Tensor, coef: Tensor, experts: int, as_: Tens
     return as_.new_empty(len(idx), y.shape[1])
 
 
-_OF = "Tensor[] at, int[] how"
+_OF = "Tensor at, int[] how"
 round_op = _define("rounded", f"(Tensor x, {_OF}) -> Tensor[]", _rounded, _rounded_fake)
 product_op = _define(
     "products",
@@ -112,7 +108,7 @@ product_op = _define(
 )
 gate_op = _define(
     "gated",
-    f"(Tensor[] x, {_OF}, Tensor idx, int share, Tensor[] down, int[] down_how) -> Tensor[]",
+    f"(Tensor[] x, {_OF}, Tensor idx, int share, Tensor down, int[] down_how) -> Tensor[]",
     _gated,
     _gated_fake,
 )

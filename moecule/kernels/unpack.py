@@ -74,7 +74,7 @@ def spread(
 @triton.jit
 @no_type_check
 def _unpack_kernel(
-    table_ptr, codes_ptr, scale_ptr, out_ptr, m, columns, blocks, e,
+    table_ptr, out_ptr, m, columns, blocks, e,
     widths: tl.constexpr, group: tl.constexpr, rows: tl.constexpr, n: tl.constexpr,
 ):  # fmt: skip
     """Program (rows, n blocks) of matrix e."""
@@ -82,15 +82,15 @@ def _unpack_kernel(
     block, place = tl.program_id(1) * n, table_ptr + e * 4
     there = row < m
     bits = tl.load(place + 3).to(tl.int32)
-    codes = codes_ptr + tl.load(place) + row * (blocks * bits)
+    codes = tl.load(place).to(tl.pointer_type(tl.int32)) + row * (blocks * bits)
     q = tl.zeros((rows, 32 * n), tl.int32)
     for b in tl.static_range(1, 9):
         if widths & (1 << b):
             if bits == b:
                 q = codes_at(codes, block, there, blocks, rows, n, b)
     groups = (columns + group - 1) // group
-    scale_at = scale_ptr + tl.load(place + 1) + row * groups
-    zero_at = scale_ptr + tl.load(place + 2) + row * groups
+    scale_at = tl.load(place + 1).to(tl.pointer_type(tl.float16)) + row * groups
+    zero_at = tl.load(place + 2).to(tl.pointer_type(tl.float16)) + row * groups
     scale = spread(scale_at, block, there, groups, 0.0, rows, n, group)
     zero = spread(zero_at, block, there & (bits != 1), groups, 0.5, rows, n, group)
     w = (q.to(tl.float32) - zero) * scale
@@ -102,11 +102,11 @@ def _unpack_kernel(
 
 def unpacked(of: Matrices, e: int, dtype: torch.dtype) -> Float[Tensor, "M N"]:
     """The weights that the codes of matrix e stand for."""
-    out = torch.empty(of.rows, of.columns, dtype=dtype, device=of.codes.device)
+    out = torch.empty(of.rows, of.columns, dtype=dtype, device=of.table.device)
     rows, n, warps = CUT
-    with launching(of.codes):
+    with launching(of.table):
         _unpack_kernel[(triton.cdiv(of.rows, rows), triton.cdiv(of.blocks, n))](
-            of.table, of.codes, of.scale, out, of.rows, of.columns, of.blocks, e,
+            of.table, out, of.rows, of.columns, of.blocks, e,
             widths=sum(1 << b for b in of.widths), group=of.group, rows=rows, n=n, num_warps=warps,
         )  # fmt: skip
     return out
