@@ -26,7 +26,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from bench.full_size import SHAPES
-from bench.layers import read_rate
+from bench.kernels import read_rate
 from moecule import runtime
 from moecule.measure import device_name
 from moecule.moe import experts_in

@@ -1,9 +1,14 @@
-"""What a product with packed weights takes on this CPU, beside bf16 and what reading the bytes takes.
+"""A layer's routed experts on a GPU: packed, beside bf16 and what reading the bytes takes.
 
-    python -m bench.kernels [--threads N] [-o RESULT.json]
+    python -m bench.kernels [--sweep] [-o RESULT.json]
 
-One expert's matrix at a time, many in turn so that none stays in a cache. The floor is the bytes of
-the codes, scales and zero points at the rate at which this machine reads a large tensor in the run.
+A layer of each full-size shape with random weights, half its experts of 3 bits and half of 2, groups of
+128. Every time is that of one call among 16 with other tokens and another routing each, captured in one
+CUDA graph and replayed; where weights are unpacked first, which waits for the GPU, by the clock. The
+floor is the bytes of the experts hit at the rate at which this GPU reads a large tensor in the run; the
+peers are bf16 through transformers' grouped_mm and, for one token, torch's own int4 product, one launch
+an expert and matrix. "half skipped": every token's second half of experts is nobody. --sweep tries ways
+to cut the products for one token. CPUs: bench.cpu.
 """
 
 from __future__ import annotations
@@ -11,96 +16,258 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moecule.kernels import cpu
+from bench.full_size import SHAPES
+from moecule import gpu, runtime
+from moecule.family import load_family
+from moecule.kernels import gemv
 from moecule.measure import device_name
-from moecule.packed import Packed, words_per_row
+from moecule.moe import find_layers, find_moe
+from moecule.packed import packed_of
+from moecule.plan import Keep
 
-SHAPES = {"Mixtral gate or up": (14336, 4096), "Qwen3-30B gate or up": (768, 2048)}
-BYTES = 3 * 10**8  # of all weights of a kind together, which no cache holds
+TURNS = 16  # routings in turn, so that no cache holds what is read
 GROUP = 128
+SWEPT: tuple[dict[str, Any], ...] = (
+    {}, {"early": True}, {"early": False}, {"stages": 1}, {"stages": 2}, {"stages": 3},
+)  # fmt: skip
+TOKENS = (1, 2, 4, 8, 16, 64, 256, 512, 4096)
+EXACT = 2  # tokens up to which the exact path is timed
+ROUTED = ("codes", "exact", "grouped", "unpacked")
 
 
-def random_packed(bits: int, rows: int, columns: int) -> Packed:
-    """Codes at random; what they stand for does not matter here."""
-    codes = torch.randint(-(2**31), 2**31 - 1, (rows, words_per_row(bits, columns)))
-    halves = [torch.rand(rows, columns // GROUP).half() for _ in range(2)]
-    zero = None if bits == 1 else halves[1]
-    return Packed(codes.int(), halves[0], zero, bits, GROUP, columns)
+def experts_module(name: str) -> Any:
+    """Of the first layer, on meta."""
+    settings = {**SHAPES[name], "num_hidden_layers": 1, "dtype": "bfloat16"}
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.requires_grad_(False)
+    moe = find_moe(find_layers(model)[1][0], load_family(config.model_type))
+    assert moe is not None  # both shapes have them in every layer
+    return moe.experts
 
 
-def seconds(work: Callable[[int], object], n: int) -> float:
-    """Of one of n in turn, the best of five rounds after one to warm up."""
-    rounds = []
-    for _ in range(6):
-        start = time.perf_counter()
-        for i in range(n):
-            work(i)
-        rounds.append((time.perf_counter() - start) / n)
-    return min(rounds[1:])
+def packed_experts(name: str) -> Any:
+    """Random codes; scales such that the layer's output stays finite."""
+    module = experts_module(name)
+    n = module.num_experts
+    runtime.prepare_experts(module, [Keep(2 + e % 2, GROUP) for e in range(n)])
+    module.to_empty(device="cuda")
+    for key, buffer in module.named_buffers():
+        if key.endswith("_codes"):
+            buffer.random_(-(2**31), 2**31 - 1)
+        else:
+            most = 0.01 if key.endswith("_scale") else 3.0
+            buffer.copy_(torch.rand_like(buffer, dtype=torch.float16).mul_(most).view(torch.int16))
+    return module
+
+
+def plain_experts(name: str) -> Any:
+    """The same layer in bf16."""
+    module = experts_module(name).to_empty(device="cuda")
+    for weight in module.parameters():
+        weight.normal_(0, 0.02)
+    return module
+
+
+def replayed(work: Callable[..., object], turns: Sequence[tuple[Any, ...]]) -> float:
+    """Microseconds of a call, captured in turns with one set of arguments each."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for given in turns[:2]:
+            work(*given)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for given in turns:
+            work(*given)
+    times = []
+    for _ in range(7):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * begin.elapsed_time(end) / len(turns))
+    return sorted(times)[len(times) // 2]
 
 
 def read_rate() -> float:
-    """Bytes a second, reading a tensor that no cache holds."""
-    large = torch.ones(BYTES // 8, dtype=torch.int64)
-    return BYTES / seconds(lambda _: large.sum(), 1)
+    """Bytes a second, reading a large tensor."""
+    large = torch.ones(2**30, device="cuda")
+    return 1e6 * large.nbytes / replayed(large.sum, [()] * 4)
 
 
-def row(name: str, rows: int, columns: int, bits: int, tokens: int, rate: float) -> dict[str, Any]:
-    """One line: times of bf16 and of both paths, and the floor."""
-    n = BYTES // (2 * rows * columns) + 1
-    dense = [torch.randn(rows, columns).bfloat16() for _ in range(n)]
-    x = torch.randn(tokens, columns)
-    half = x.bfloat16()
-    base = seconds(lambda i: torch.nn.functional.linear(half, dense[i]), n)
-    dense.clear()
-    n = BYTES // (rows * columns * bits // 8) + 1
-    weights = [random_packed(bits, rows, columns) for _ in range(n)]
-    jobs = [cpu.Job.of(w) for w in weights]
-    int8, exact = (
-        seconds(lambda i, how=how: cpu.multiply([jobs[i]], x, [tokens], rows, exact=how), n)
-        for how in (False, True)
-    )
-    unpacked = seconds(lambda i: cpu.dequantize(weights[i]), min(n, 8))
-    return {
-        "shape": name, "bits": bits, "tokens": tokens, "bf16_ms": 1e3 * base, "int8_ms": 1e3 * int8,
-        "exact_ms": 1e3 * exact, "floor_ms": 1e3 * weights[0].size_bytes / rate,
-        "unpack_ms": 1e3 * unpacked, "int8_over_bf16": base / int8, "exact_over_bf16": base / exact,
-    }  # fmt: skip
+def routings(module: Any, tokens: int, top_k: int) -> list[tuple[torch.Tensor, ...]]:
+    """(hidden, idx, coef) for every turn."""
+    width = width_of(module)
+    out = []
+    for _ in range(TURNS):
+        scores = torch.rand(tokens, module.num_experts, device="cuda")
+        coef, idx = scores.topk(top_k)
+        hidden = torch.randn(tokens, width, device="cuda").bfloat16()
+        out.append((hidden, idx, (coef / coef.sum(-1, keepdim=True)).bfloat16()))
+    return out
+
+
+def width_of(module: Any) -> int:
+    """Columns of the first matrix."""
+    if hasattr(module, "slots"):
+        width: int = next(iter(module.packed.values())).shapes["gate_up"][1]
+        return width
+    return int(module.gate_up_proj.shape[-1])
+
+
+def bytes_hit(module: Any, turns: list[tuple[torch.Tensor, ...]]) -> float:
+    """Mean bytes of the packed experts that a turn needs."""
+    sizes = []
+    for kind, row in module.slots:
+        stack = module.packed[kind]
+        sizes.append(sum(packed_of(stack, n, row).size_bytes for n in stack.shapes))
+    hit = [sum(sizes[e] for e in set(idx.flatten().tolist())) for _, idx, _ in turns]
+    return sum(hit) / len(hit)
+
+
+def by_clock(work: Callable[..., object], turns: Sequence[tuple[Any, ...]]) -> float:
+    """Microseconds of a call that waits for the GPU."""
+    for _ in range(2):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for given in turns:
+            work(*given)
+        torch.cuda.synchronize()
+    return 1e6 * (time.perf_counter() - start) / len(turns)
+
+
+def half_skipped(
+    turns: list[tuple[torch.Tensor, ...]], nobody: int
+) -> list[tuple[torch.Tensor, ...]]:
+    """Each token's second half of experts is `nobody`."""
+    out = []
+    for hidden, idx, coef in turns:
+        kept = torch.arange(idx.shape[1], device=idx.device) < idx.shape[1] // 2
+        out.append((hidden, torch.where(kept, idx, nobody), coef))
+    return out
+
+
+@torch.no_grad()
+def int4_us(name: str, turns: list[tuple[torch.Tensor, ...]]) -> float:
+    """Microseconds of a token's experts by torch's int4 product, nothing between the matrices."""
+    shape = SHAPES[name]
+    hidden = shape["hidden_size"]
+    inner = shape.get("moe_intermediate_size", shape["intermediate_size"])
+    n = shape.get("num_local_experts", shape.get("num_experts"))
+    kinds = []
+    for m, k in ((2 * inner, hidden), (hidden, inner)):
+        codes = torch.randint(-(2**31), 2**31 - 1, (n, m // 8, k // 128, 32, 4), device="cuda")
+        scales = torch.rand(k // GROUP, m, 2, device="cuda").bfloat16()
+        kinds.append((codes.int(), scales, torch.randn(1, k, device="cuda").bfloat16()))
+
+    def token(experts: list[int]) -> None:
+        for codes, scales, x in kinds:
+            for e in experts:
+                torch.ops.aten._weight_int4pack_mm(x, codes[e], GROUP, scales)
+
+    return replayed(token, [(idx.flatten().tolist(),) for _, idx, _ in turns])
+
+
+@torch.no_grad()
+def rows(name: str, rate: float) -> list[dict[str, Any]]:
+    """A line for each number of tokens."""
+    top_k = SHAPES[name]["num_experts_per_tok"]
+    packed, made = packed_experts(name), []
+    found = gpu.experts_there(packed)
+    assert found is not None  # the kernels serve this shape
+    ways = {"codes": gpu._few, "grouped": gpu._grouped, "unpacked": gpu._unpacked}
+    few, grouped, unpacked = (partial(way, packed, *found) for way in ways.values())
+    for tokens in TOKENS:
+        turns = routings(packed, tokens, top_k)
+        row = {"shape": name, "tokens": tokens, "floor_us": 1e6 * bytes_hit(packed, turns) / rate}
+        made.append(row)
+        each = tokens * top_k / packed.num_experts
+        turns = turns if tokens < 512 else turns[:4]
+        packed.exact = False
+        if each <= 8:
+            row["codes_us"] = replayed(few, turns)
+        if tokens == 1:
+            row["half_skipped_us"] = replayed(few, half_skipped(turns, packed.num_experts))
+        if tokens <= EXACT:
+            packed.exact = True
+            row["exact_us"] = replayed(few, turns)
+        row["grouped_us"] = replayed(grouped, turns)
+        if tokens >= 64:
+            row["unpacked_us"] = by_clock(unpacked, turns)
+        taken = min((way for way in ROUTED if f"{way}_us" in row), key=lambda w: row[f"{w}_us"])
+        row["best"] = taken
+    del packed, found, few, grouped, unpacked
+    made[0]["int4_us"] = int4_us(name, turns_of(name, top_k))
+    plain = plain_experts(name)
+    for row in made:
+        turns = routings(plain, row["tokens"], top_k)
+        turns = turns if row["tokens"] < 512 else turns[:4]
+        row["bf16_us"] = replayed(partial(ALL_EXPERTS_FUNCTIONS["grouped_mm"], plain), turns)
+    return made
+
+
+def turns_of(name: str, top_k: int) -> list[tuple[torch.Tensor, ...]]:
+    """Routings of one token."""
+    return routings(experts_module(name), 1, top_k)
+
+
+@torch.no_grad()
+def sweep(name: str) -> None:
+    """Other ways to cut both products for one token, by the time of the whole layer."""
+    top_k, packed = SHAPES[name]["num_experts_per_tok"], packed_experts(name)
+    found = gpu.experts_there(packed)
+    assert found is not None  # the kernels serve this shape
+    packed.exact = False
+    turns = routings(packed, 1, top_k)
+    for what in ("gated_tiling", "tiling"):
+        plain = getattr(gemv, what)
+        for change in SWEPT:
+            with patch.object(gemv, what, lambda *a, p=plain, c=change: replace(p(*a), **c)):
+                us = replayed(partial(gpu._few, packed, *found), turns)
+            print(f"{name} {what} {change or 'as it is'}: {us:.1f} us", flush=True)
+    with patch.object(gemv, "chained", lambda tensor: {"chain": False}):
+        alone = replayed(partial(gpu._few, packed, *found), turns)
+    print(f"{name} launches that do not overlap: {alone:.1f} us", flush=True)
 
 
 def main() -> None:
-    """Print the table."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--shapes", nargs="+", default=["mixtral-8x7b", "qwen3-30b-a3b"])
     parser.add_argument("-o", "--out", type=Path)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     rate = read_rate()
-    print(f"{device_name(torch.device('cpu'))}; reads {rate / 1e9:.1f} GB/s; form {cpu.best()}\n")
-    print(
-        "| | bits | tokens | bf16 linear, ms | int8, ms | exact, ms | floor, ms | int8 is | exact is |"
-    )
-    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
-    found = []
-    for name, (rows, columns) in SHAPES.items():
-        for tokens in (1, 4, 16):
-            for bits in (1, 2, 3, 4, 8) if tokens == 1 else (2, 3):
-                r = row(name, rows, columns, bits, tokens, rate)
-                found.append(r)
-                print(
-                    f"| {name} | {bits} | {tokens} | {r['bf16_ms']:.3f} | {r['int8_ms']:.3f} | "
-                    f"{r['exact_ms']:.3f} | {r['floor_ms']:.3f} | {r['int8_over_bf16']:.1f} x | "
-                    f"{r['exact_over_bf16']:.1f} x |",
-                    flush=True,
-                )
+    print(f"{device_name(torch.device('cuda'))}, reads {rate / 1e12:.2f} TB/s", flush=True)
+    if args.sweep:
+        for name in args.shapes:
+            sweep(name)
+        return
+    columns = ("floor", "codes", "exact", "half_skipped", "grouped", "unpacked", "int4", "bf16")
+    print(f"| | tokens | {' | '.join(columns)} | best | of bf16 |")
+    print("|---|" + "--:|" * (len(columns) + 1) + "---|--:|")
+    made = [row for name in args.shapes for row in rows(name, rate)]
+    for row in made:
+        times = [row.get(f"{c}_us") for c in columns]
+        shown = " | ".join("" if t is None else f"{t:.1f}" for t in times)
+        best = row["best"]
+        share = row[f"{best}_us"] / row["bf16_us"]
+        print(f"| {row['shape']} | {row['tokens']} | {shown} | {best} | {share:.2f} |", flush=True)
     if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        args.out.write_text(json.dumps(made, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -136,6 +136,19 @@ def test_widths_mix_in_one_launch(columns, group, cut, exact, monkeypatch, fence
     assert (both - want).norm() < 1e-6 * each.norm()
 
 
+def test_torch_rounds_activations_as_the_kernel_does():
+    for bits, columns in ((2, 200), (3, 64), (8, 96)):
+        of, x = matrices([random_packed(bits, 4, columns, 32)]), tiny.normal(3, columns).to(DEVICE)
+        x[1, :32] = 0
+        one, other = gemv.rounded(x, of), gemv.rounded_by_torch(x, of)
+        assert torch.equal(one.d, other.d) and torch.allclose(one.s, other.s, atol=1e-5)
+        words = of.blocks * 8
+        for k in range(gemv.ORDERS):
+            if of.parts >> k & 1:
+                its = slice(k * words, (k + 1) * words)
+                assert torch.equal(one.x8[:, its], other.x8.view(torch.int32)[:, its])
+
+
 def test_whole_numbers_come_out_exactly():
     for exact in (True, False):
         for bits in range(1, 9):

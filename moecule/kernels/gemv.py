@@ -22,7 +22,7 @@ from typing import no_type_check
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int, Int32
+from jaxtyping import Float, Int, Int8, Int32
 from torch import Tensor
 
 from moecule.kernels.matrices import Matrices, chained, launching, take_turn
@@ -278,7 +278,7 @@ def _product_kernel(
 class Rounded:
     """Activations for a product: int8 in the orders of the parts."""
 
-    x8: Int32[Tensor, "T words"]
+    x8: Int32[Tensor, "T words"] | Int8[Tensor, "T bytes"]
     d: Float[Tensor, "T blocks"]  # int8 times this
     s: Float[Tensor, "T blocks"]  # sums of what int8 stands for
 
@@ -304,6 +304,23 @@ def rounded(x: Float[Tensor, "T N"], of: Matrices) -> Rounded:
     return out
 
 
+def rounded_by_torch(x: Float[Tensor, "T N"], of: Matrices) -> Rounded:
+    """`rounded` in torch operators, for a compiler that makes one kernel of them and their neighbours."""
+    blocks, t = of.blocks, len(x)
+    v = torch.nn.functional.pad(x.float(), (0, blocks * 32 - of.columns)).view(t, blocks, 32)
+    d = v.abs().amax(-1) / 127
+    q = torch.where(d[..., None] > 0, v / d[..., None], 0.0).round()
+    q8 = q.to(torch.int8)
+    orders = []
+    for b in (1 << k for k in range(ORDERS)):
+        if of.parts & b:
+            ordered = q8.view(t, blocks, b, 4, 8 // b).permute(0, 4, 1, 2, 3)
+            orders.append(ordered.reshape(t, blocks * 32))
+        else:
+            orders.append(q8.new_zeros(t, blocks * 32))
+    return Rounded(torch.cat(orders, 1), d, q.sum(-1) * d)
+
+
 @dataclass(frozen=True)
 class Tiling:
     """How a product is cut.
@@ -319,7 +336,7 @@ class Tiling:
 
 
 REGISTERS = 128  # a thread's: 16 warps on a multiprocessor
-WARPS = 2048  # that fill a GPU
+WARPS = 4096  # that fill a GPU twice
 
 
 def tiling(of: Matrices, pairs: int) -> Tiling:
@@ -330,12 +347,12 @@ def tiling(of: Matrices, pairs: int) -> Tiling:
         of.blocks * max(2, *(1 << k for k in range(4) if of.parts >> k & 1))
     )
     warps = max(1, min(4, fill, row // 128))
-    return Tiling(rows, min(128 * warps, max(32, row)), warps)
+    return Tiling(rows, min(128 * warps, max(32, row)), warps, early=of.columns <= 2048)
 
 
 def gated_tiling(of: Matrices) -> Tiling:
     """Of gate and up: a block of 32 channels, which is rounded together, a program."""
-    return Tiling(64, 64, 4, stages=2) if of.columns > 2048 else Tiling(64, 128, 8)
+    return Tiling(64, 64, 4, stages=2) if of.columns > 2048 else Tiling(64, 128, 8, early=True)
 
 
 def products(
@@ -392,7 +409,9 @@ def _launch(
     gated: bool = False,
 ) -> None:
     exact = isinstance(x, Tensor)
-    places = (x.contiguous(),) * 4 if isinstance(x, Tensor) else (x.x8, x.d, x.s, x.d)
+    places = (
+        (x.contiguous(),) * 4 if isinstance(x, Tensor) else (x.x8.view(torch.int32), x.d, x.s, x.d)
+    )
     out = (y, y, y) if to is None else (to.x8.view(torch.int8), to.d, to.s)
     lines = triton.next_power_of_2(triton.cdiv(of.blocks * max(of.widths), 32))
     with launching(of.table):
