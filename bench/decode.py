@@ -1,6 +1,6 @@
 """Decoding one sequence by whole models of full size on a GPU: tokens a second, and memory.
 
-    python -m bench.decode [mixtral-8x7b qwen3-30b-a3b] [--layers N] [-o RESULT.json]
+    python -m bench.decode [mixtral-8x7b qwen3-30b-a3b] [--layers N] [--only int8 ...] [-o RESULT.json]
 
 Random weights made on the GPU: half of a layer's experts of 3 bits and half of 2, attention and the output
 layer of 4, groups of 128, embeddings in bf16. After a prompt of 128 tokens:
@@ -32,6 +32,7 @@ from moecule.measure import device_name
 from moecule.moe import experts_in
 
 GROUP, PROMPT, NEW, STEPS = 128, 128, 128, 100
+WHAT = ("int8", "exact", "generate")
 
 
 def random_model(name: str, layers: int | None) -> Any:
@@ -150,19 +151,20 @@ def measured(name: str, args: argparse.Namespace, rate: float) -> dict[str, Any]
     with torch.no_grad():
         model(prompt)
     row["after_prompt_bytes"] = torch.cuda.memory_allocated() - before
-    for what in ("int8", "exact")[: 1 if args.quick else 2]:
+    for what in [w for w in ("int8", "exact") if w in args.only]:
         runtime.set_exact(model, what == "exact")
         torch._dynamo.reset()
         start = time.perf_counter()
         row[f"{what}_tok_s"] = 1 / step_seconds(model, prompt)
         row[f"{what}_s"] = time.perf_counter() - start
         print(json.dumps(row), flush=True)
-    runtime.set_exact(model, False)
-    torch._dynamo.reset()
-    start = time.perf_counter()
-    row["generate_tok_s"] = 1 / generate_seconds(model, prompt)
-    row["generate_s"] = time.perf_counter() - start
-    print(json.dumps(row), flush=True)
+    if "generate" in args.only:
+        runtime.set_exact(model, False)
+        torch._dynamo.reset()
+        start = time.perf_counter()
+        row["generate_tok_s"] = 1 / generate_seconds(model, prompt)
+        row["generate_s"] = time.perf_counter() - start
+        print(json.dumps(row), flush=True)
     return row
 
 
@@ -170,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("shapes", nargs="*", default=["mixtral-8x7b", "qwen3-30b-a3b"])
     parser.add_argument("--layers", type=int)
-    parser.add_argument("--quick", action="store_true", help="int8 activations only")
+    parser.add_argument("--only", nargs="+", default=WHAT, choices=WHAT)
     parser.add_argument("-o", "--out", type=Path)
     args = parser.parse_args()
     rate = read_rate()

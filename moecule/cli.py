@@ -305,6 +305,9 @@ def generate(
     exact: Annotated[
         bool, typer.Option("--exact", help="Do not round activations to int8 where it is faster.")
     ] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile a step into a CUDA graph first.")
+    ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust: Trust = False,
@@ -324,6 +327,7 @@ def generate(
         seed=seed,
         skip=skip,
         exact=exact,
+        compiled=compiled,
         compute=_compute(device, dtype, trust),
         say=write,
     )

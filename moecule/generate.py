@@ -33,6 +33,19 @@ class Generated:
     device: str
 
 
+WARM = 4  # tokens after which a step is compiled and captured
+
+
+@dataclass(frozen=True)
+class _After:
+    """Stops at so many tokens."""
+
+    length: int
+
+    def __call__(self, ids: Int[Tensor, "B S"], scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((len(ids),), ids.shape[1] >= self.length, device=ids.device)
+
+
 class _Pieces(BaseStreamer):  # type: ignore[misc]
     """Hands on text as soon as it is whole: bytes of one letter may come in several tokens."""
 
@@ -68,14 +81,16 @@ def generate(
     seed: int = 0,
     skip: bool = False,
     exact: bool = False,
+    compiled: bool = False,
     compute: Compute | None = None,
     say: Callable[[str], None] = lambda piece: None,
 ) -> Generated:
     """Up to `tokens` new tokens; `say` gets them as they come. The chat template is used if there is one.
 
-    `exact`: as in `runtime.set_exact`.
-    Temperature 0 takes the likeliest token. Raises DataError for a prompt that is empty or too
-    long, RecipeError for settings that cannot be.
+    `exact`: as in `runtime.set_exact`. `compiled`: before the first one, transformers compiles a token's
+    step, with a KV cache of fixed size; that takes a minute or two for large models. Temperature 0
+    takes the likeliest token. Raises DataError for a prompt that is empty or too long, RecipeError for
+    settings that cannot be.
     """
     _check(prompt, tokens, temperature, seed)
     path = open_checkpoint(model).path
@@ -92,21 +107,22 @@ def generate(
         k: v for k, v in inputs.to(loaded.device).items() if k in ("input_ids", "attention_mask")
     }
     tokens = min(tokens, _room(inputs["input_ids"], loaded.config))
+    if compiled and loaded.device.type != "cuda":
+        raise RecipeError("--compile captures CUDA graphs, which needs a GPU; leave it out")
     pieces = _Pieces(tokenizer, inputs["input_ids"].shape[1], say)
     torch.manual_seed(seed)
-    how = (
+    how: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     )
+    known = tokenizer.pad_token_id
+    pad = known if known is not None else tokenizer.eos_token_id
+    how |= {**inputs, "max_new_tokens": tokens, "pad_token_id": pad}
     with torch.no_grad():
-        out = loaded.generate(
-            **inputs,
-            **how,
-            max_new_tokens=tokens,
-            streamer=pieces,
-            pad_token_id=tokenizer.pad_token_id
-            if tokenizer.pad_token_id is not None
-            else tokenizer.eos_token_id,
-        )
+        if compiled:
+            how["cache_implementation"] = "static"
+            loaded.generate(**how, stopping_criteria=[_After(inputs["input_ids"].shape[1] + WARM)])
+            torch.manual_seed(seed)
+        out = loaded.generate(**how, streamer=pieces)
     seconds = time.perf_counter() - pieces.first
     new = out[0, inputs["input_ids"].shape[1] :]
     rate = (len(new) - 1) / seconds if len(new) > 1 else 0.0

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -30,8 +31,8 @@ class Switch:
     """One for the whole model."""
 
     on: bool = False
-    run: Int[Tensor, ""] | int = 0  # pairs that ran, and all pairs, since the last reset
-    all: int = 0
+    # pairs that ran, and all pairs, since it was switched on; counted in place, as CUDA graphs can
+    counts: Int[Tensor, " two"] | None = None
 
 
 @dataclass
@@ -61,8 +62,9 @@ class LayerSkip:
             protected = odp.protected_tokens(by_sequence, received, valid, self.protect).flatten()
             self.received = None
         run = odp.kept(coef, self.thresholds, protected)
-        self.switch.run = self.switch.run + run.sum()
-        self.switch.all += run.numel()
+        if self.switch.counts is not None:
+            counted = torch.stack([run.sum(), torch.full_like(run.sum(), run.numel())])
+            self.switch.counts.add_(counted.to(self.switch.counts.device))
         return idx.masked_fill(~run, nobody), odp.rescaled(coef, run, self.renormalised)
 
 
@@ -97,7 +99,8 @@ def set_skip(model: Any, on: bool) -> None:
         raise PlanError(
             "this checkpoint has no skip rule; compress with a recipe that has a [skip] table"
         )
-    switch.on, switch.run, switch.all = on, 0, 0
+    switch.on, switch.counts = on, torch.zeros(2, dtype=torch.int64, device=model.device)
+    torch._dynamo.mark_static_address(switch.counts)
     name = model.config._attn_implementation or "eager"
     if on and not name.startswith(PREFIX):
         _wrap(name)
@@ -109,7 +112,10 @@ def set_skip(model: Any, on: bool) -> None:
 def experts_run(model: Any) -> float:
     """Share of the (token, expert) pairs that ran since skipping was switched on; 1 without."""
     switch = vars(model).get("moecule_switch")
-    return float(switch.run) / switch.all if switch is not None and switch.all else 1.0
+    if switch is None or switch.counts is None:
+        return 1.0
+    ran, all_pairs = switch.counts.tolist()
+    return ran / all_pairs if all_pairs else 1.0
 
 
 def _wrap(name: str) -> None:

@@ -32,7 +32,7 @@ OPTIONS = {
     "text trust-remote-code",
     "evaluate": "against device dtype json length skip states text trust-remote-code",
     "families": "json",
-    "generate": "device dtype exact seed skip temperature tokens trust-remote-code",
+    "generate": "compile device dtype exact seed skip temperature tokens trust-remote-code",
     "inspect": "bits context device dtype fit json length recipe samples set size states time",
     "plan": "bits context fit out recipe set size",
 }
@@ -168,6 +168,12 @@ def test_evaluate_needs_no_original(model, text):
     code, out, _ = run("evaluate", model, "--text", text, "--length", "32")
     assert code == 0 and f"{found['loss_nats']:.4f}" in out
     assert "no skip rule" in refused(text.parent, "evaluate", model, "--text", text, "--skip")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_compiling_a_step_without_a_gpu_is_refused(model):
+    code, _, err = run("generate", model, "the cat", "--compile")
+    assert code and "needs a GPU" in err
 
 
 def test_generate_prints_what_the_function_returns(model):

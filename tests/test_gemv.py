@@ -19,7 +19,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is made for Linux")
 
 from moecule import forward, gpu
-from moecule.kernels import gemv, unpack
+from moecule.kernels import activations, gemv, unpack
 from moecule.kernels.combine import combined
 from moecule.kernels.grouped import Sorted, arranged, grouped
 from moecule.kernels.matrices import Matrices
@@ -117,7 +117,7 @@ def test_widths_mix_in_one_launch(columns, group, cut, exact, monkeypatch, fence
     weights = [random_packed(bits, 21, columns, group) for bits in MIXED]
     of, x = matrices(weights), tiny.in_eighths((2, columns), 0).to(DEVICE)
     idx = torch.tensor([0, 1, 5, 4, 3, 2], device=DEVICE)  # 5 is nobody: skipped
-    given = x if exact else gemv.rounded(x, of)
+    given = x if exact else activations.rounded(x, of)
     each = gemv.products(given, of, idx, 3, cut=cut)
     for pair, e in enumerate(idx.tolist()):
         if e == len(of):
@@ -140,10 +140,10 @@ def test_torch_rounds_activations_as_the_kernel_does():
     for bits, columns in ((2, 200), (3, 64), (8, 96)):
         of, x = matrices([random_packed(bits, 4, columns, 32)]), tiny.normal(3, columns).to(DEVICE)
         x[1, :32] = 0
-        one, other = gemv.rounded(x, of), gemv.rounded_by_torch(x, of)
+        one, other = activations.rounded(x, of), activations.rounded_by_torch(x, of)
         assert torch.equal(one.d, other.d) and torch.allclose(one.s, other.s, atol=1e-5)
         words = of.blocks * 8
-        for k in range(gemv.ORDERS):
+        for k in range(activations.ORDERS):
             if of.parts >> k & 1:
                 its = slice(k * words, (k + 1) * words)
                 assert torch.equal(one.x8[:, its], other.x8.view(torch.int32)[:, its])
@@ -260,6 +260,19 @@ def test_experts_do_what_torch_makes_of_them(name, how, checkpoint, tmp_path, mo
         assert 0 < (got - want).norm() / want.norm() < (0.02 if how == "int8" else 0.002)
     else:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiler_takes_a_decoding_step_whole(tmp_path):
+    """One graph for all steps, the same logits, and the same pairs skipped and counted."""
+    script = Path(__file__).with_name("traced.py")
+    run = subprocess.run(
+        [sys.executable, script, "mixtral", tmp_path], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["graphs"] == 1
+    assert found["off_by"] < 1e-5
+    assert found["run"][0] == found["run"][1] < 1
 
 
 def test_nothing_spills_on_an_h100():

@@ -22,14 +22,14 @@ from typing import no_type_check
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int, Int8, Int32
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from moecule.kernels.activations import Rounded, put_rounded
 from moecule.kernels.matrices import Matrices, chained, launching, take_turn
-from moecule.kernels.rounding import rint
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-ORDERS = 4  # of the activations' bytes: for parts of 1, 2, 4 and 8 bits
+Activations = Rounded | Float[Tensor, "T N"]  # rounded, or as they are
 
 
 @triton.jit
@@ -85,44 +85,16 @@ def _every_byte(q, j: tl.constexpr, b: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _put_order(q, at, block, b: tl.constexpr, blocks):
-    """Store int8 [n, 32] of blocks as the parts of b bits want them; `at` is where the order begins."""
-    column = tl.arange(0, 32)[None, :]
-    word, r = block[:, None] * b + column // (32 // b), column % (32 // b)
-    byte = ((r % (8 // b)) * (blocks * b) + word) * 4 + r // (8 // b)
-    tl.store(at + byte, q.to(tl.int8), mask=(block < blocks)[:, None])
-
-
-@triton.jit
-@no_type_check
-def _put_rounded(x, x8_ptr, d_ptr, s_ptr, row, block, blocks, parts: tl.constexpr):
-    """Round blocks of 32 activations [n, 32] to int8 and store them in the orders that `parts` names."""
-    most = tl.max(tl.abs(x), 1)
-    d = most / 127.0
-    q = rint(tl.where((d > 0)[:, None], x / tl.where(d > 0, d, 1.0)[:, None], 0.0)).to(tl.int32)
-    there = block < blocks
-    tl.store(d_ptr + row * blocks + block, d, mask=there)
-    tl.store(s_ptr + row * blocks + block, tl.sum(q, 1).to(tl.float32) * d, mask=there)
-    at = x8_ptr + row * 4 * blocks * 32
-    for k in tl.static_range(4):
-        if parts & (1 << k):
-            _put_order(q, at + k * blocks * 32, block, 1 << k, blocks)
-
-
-@triton.jit
-@no_type_check
-def _round_kernel(
-    x_ptr, x8_ptr, d_ptr, s_ptr, columns, blocks, parts: tl.constexpr, n: tl.constexpr,
-    chain: tl.constexpr,
-):  # fmt: skip
-    """Program (row, n blocks)."""
-    if chain:
-        take_turn()
-    row = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1) * n + tl.arange(0, n)
-    column = block[:, None] * 32 + tl.arange(0, 32)[None, :]
-    x = tl.load(x_ptr + row * columns + column, mask=column < columns, other=0.0)
-    _put_rounded(x.to(tl.float32), x8_ptr, d_ptr, s_ptr, row, block, blocks, parts)
+def _exact_sums(q, x_ptr, word, inside, columns, b: tl.constexpr):
+    """[rows, words], [words]: of every word of q [rows, words], codes times x, and x."""
+    sums = tl.zeros(q.shape, tl.float32)
+    given = tl.zeros(word.shape, tl.float32)
+    for r in tl.static_range(32 // b):
+        column = word * (32 // b) + r
+        x = tl.load(x_ptr + column, mask=inside & (column < columns), other=0.0).to(tl.float32)
+        sums += ((q >> (b * r)) & ((1 << b) - 1)).to(tl.float32) * x[None, :]
+        given += x
+    return sums, given
 
 
 @triton.jit
@@ -154,14 +126,7 @@ def _part(
             mask=there[:, None] & inside[None, :], other=0,
         )  # fmt: skip
         if exact:
-            sums = tl.zeros((rows, words), tl.float32)
-            given = tl.zeros((words,), tl.float32)
-            for r in tl.static_range(32 // b):
-                column = word * (32 // b) + r
-                x = tl.load(x_ptr + column, mask=inside & (column < columns), other=0.0)
-                x = x.to(tl.float32)
-                sums += ((q >> (b * r)) & ((1 << b) - 1)).to(tl.float32) * x[None, :]
-                given += x
+            sums, given = _exact_sums(q, x_ptr, word, inside, columns, b)
             y = tl.sum(tl.reshape(sums, (rows, n, together)), 2)
             x_sum = tl.sum(tl.reshape(given, (n, together)), 1)
         else:
@@ -267,58 +232,11 @@ def _product_kernel(
         act = tl.where(column < m // 2, gate / (1.0 + tl.exp(-gate)) * up, 0.0)
         if to_parts:
             block = tl.program_id(0) + tl.arange(0, 1)
-            _put_rounded(act[None, :], y8_ptr, yd_ptr, ys_ptr, to, block, to_blocks, to_parts)
+            put_rounded(act[None, :], y8_ptr, yd_ptr, ys_ptr, to, block, to_blocks, to_parts)
         else:
             tl.store(y_ptr + to * (m // 2) + column, act, mask=column < m // 2)
     else:
         tl.store(y_ptr + to * m + row, y.to(y_ptr.dtype.element_ty), mask=there)
-
-
-@dataclass(frozen=True)
-class Rounded:
-    """Activations for a product: int8 in the orders of the parts."""
-
-    x8: Int32[Tensor, "T words"] | Int8[Tensor, "T bytes"]
-    d: Float[Tensor, "T blocks"]  # int8 times this
-    s: Float[Tensor, "T blocks"]  # sums of what int8 stands for
-
-    @staticmethod
-    def empty(rows: int, of: Matrices) -> Rounded:
-        """Room for products with `of`."""
-        x8 = torch.empty(rows, ORDERS * of.blocks * 8, dtype=torch.int32, device=of.table.device)
-        d, s = (torch.empty(rows, of.blocks, device=of.table.device) for _ in range(2))
-        return Rounded(x8, d, s)
-
-
-Activations = Rounded | Float[Tensor, "T N"]  # rounded, or as they are
-
-
-def rounded(x: Float[Tensor, "T N"], of: Matrices) -> Rounded:
-    """x for products with `of`, 32 columns to a scale."""
-    x, out, n = x.contiguous(), Rounded.empty(len(x), of), 8
-    with launching(x):
-        _round_kernel[(len(x), triton.cdiv(of.blocks, n))](
-            x, out.x8.view(torch.int8), out.d, out.s, of.columns, of.blocks, parts=of.parts, n=n,
-            num_warps=2, **chained(x),
-        )  # fmt: skip
-    return out
-
-
-def rounded_by_torch(x: Float[Tensor, "T N"], of: Matrices) -> Rounded:
-    """`rounded` in torch operators, for a compiler that makes one kernel of them and their neighbours."""
-    blocks, t = of.blocks, len(x)
-    v = torch.nn.functional.pad(x.float(), (0, blocks * 32 - of.columns)).view(t, blocks, 32)
-    d = v.abs().amax(-1) / 127
-    q = torch.where(d[..., None] > 0, v / d[..., None], 0.0).round()
-    q8 = q.to(torch.int8)
-    orders = []
-    for b in (1 << k for k in range(ORDERS)):
-        if of.parts & b:
-            ordered = q8.view(t, blocks, b, 4, 8 // b).permute(0, 4, 1, 2, 3)
-            orders.append(ordered.reshape(t, blocks * 32))
-        else:
-            orders.append(q8.new_zeros(t, blocks * 32))
-    return Rounded(torch.cat(orders, 1), d, q.sum(-1) * d)
 
 
 @dataclass(frozen=True)

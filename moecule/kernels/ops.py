@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moecule.kernels import combine, gemv
+from moecule.kernels import activations, combine, gemv
 from moecule.kernels.matrices import Matrices
 
 
@@ -28,7 +28,7 @@ def whole(table: Tensor, numbers: Sequence[int]) -> Matrices:
 
 
 def _given(x: list[Tensor]) -> gemv.Activations:
-    return x[0] if len(x) == 1 else gemv.Rounded(*x)
+    return x[0] if len(x) == 1 else activations.Rounded(*x)
 
 
 def _define(
@@ -45,7 +45,7 @@ def _define(
 
 def _room(x: Tensor, rows: int, blocks: int) -> list[Tensor]:
     floats = [x.new_empty(rows, blocks, dtype=torch.float32) for _ in range(2)]
-    return [x.new_empty(rows, gemv.ORDERS * blocks * 8, dtype=torch.int32), *floats]
+    return [x.new_empty(rows, activations.ORDERS * blocks * 8, dtype=torch.int32), *floats]
 
 
 def _products(
@@ -109,13 +109,13 @@ combine_op = _define(
     _combined_fake,
 )
 
-Given = list[Tensor]  # activations: as they are, or the three tensors of `gemv.Rounded`
+Given = list[Tensor]  # activations: as they are, or the three tensors of `activations.Rounded`
 
 
 def rounded(x: Float[Tensor, "T N"], of: Matrices) -> Given:
-    """As `gemv.rounded`."""
+    """As `activations.rounded`."""
     compiled = torch.compiler.is_compiling()
-    made = gemv.rounded_by_torch(x, of) if compiled else gemv.rounded(x, of)
+    made = activations.rounded_by_torch(x, of) if compiled else activations.rounded(x, of)
     return [made.x8, made.d, made.s]
 
 
