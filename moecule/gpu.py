@@ -24,8 +24,11 @@ from moecule.kernels.matrices import Matrices
 from moecule.moe import activated, end_of, ended
 from moecule.packed import packed_of
 
-FEW_PAIRS = 4  # an expert, up to which reading codes anew for every pair is fastest
-MANY_PAIRS = 512  # an expert, from which on unpacking once is
+# Where ways cross, by bench.kernels on an H100. Pairs an expert up to which reading codes anew for every
+# pair is fastest, with activations rounded and as they are; and from which on unpacking once is, where
+# an expert's weights are so many that they are worth launches of their own
+FEW_PAIRS, FEW_EXACT = 3, 0.15
+MANY_PAIRS, LARGE = 320, 2**24
 FEW_TOKENS = 12  # at a weight that all tokens meet
 
 
@@ -88,9 +91,10 @@ def experts_forward(
 ) -> Float[Tensor, "T H"]:
     """The forward of an experts module; pairs with no expert of its own, skipped, add nothing."""
     each = idx.numel() / len(up)
-    if each <= FEW_PAIRS:
+    full = hidden.dtype == torch.float32  # the matrix units take 16 bits
+    if each <= (FEW_EXACT if module.exact and not full else FEW_PAIRS):
         how = _few
-    elif each >= MANY_PAIRS or hidden.dtype == torch.float32:  # of 16 bits the matrix units are
+    elif full or each >= MANY_PAIRS and up.rows * up.columns >= LARGE:
         how = _unpacked
     else:
         how = _grouped

@@ -102,6 +102,7 @@ def speed(model: Any, prompt: Int[Tensor, "one S"]) -> tuple[float, float]:
     prefill = _timed(model.device, lambda: model(prompt, use_cache=False))
     cache = model(prompt[:, :8], use_cache=True).past_key_values
     token = prompt[:, 8:9] if prompt.shape[1] > 8 else prompt[:, :1]
+    model(token, past_key_values=cache, use_cache=True)  # kernels for one token are compiled
 
     def decode() -> None:
         for _ in range(SPEED_TOKENS):

@@ -13,7 +13,7 @@ from typing import no_type_check
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int8, Int32
+from jaxtyping import Float, Int32
 from torch import Tensor
 
 from moecule.kernels.matrices import Matrices, chained, launching, take_turn
@@ -68,7 +68,7 @@ def _round_kernel(
 class Rounded:
     """Activations for a product: int8 in the orders of the parts."""
 
-    x8: Int32[Tensor, "T words"] | Int8[Tensor, "T bytes"]
+    x8: Int32[Tensor, "T words"]
     d: Float[Tensor, "T blocks"]  # int8 times this
     s: Float[Tensor, "T blocks"]  # sums of what int8 stands for
 
@@ -89,20 +89,3 @@ def rounded(x: Float[Tensor, "T N"], of: Matrices) -> Rounded:
             num_warps=2, **chained(x),
         )  # fmt: skip
     return out
-
-
-def rounded_by_torch(x: Float[Tensor, "T N"], of: Matrices) -> Rounded:
-    """`rounded` in torch operators, for a compiler that makes one kernel of them and their neighbours."""
-    blocks, t = of.blocks, len(x)
-    v = torch.nn.functional.pad(x.float(), (0, blocks * 32 - of.columns)).view(t, blocks, 32)
-    d = v.abs().amax(-1) / 127
-    q = torch.where(d[..., None] > 0, v / d[..., None], 0.0).round()
-    q8 = q.to(torch.int8)
-    orders = []
-    for b in (1 << k for k in range(ORDERS)):
-        if of.parts & b:
-            ordered = q8.view(t, blocks, b, 4, 8 // b).permute(0, 4, 1, 2, 3)
-            orders.append(ordered.reshape(t, blocks * 32))
-        else:
-            orders.append(q8.new_zeros(t, blocks * 32))
-    return Rounded(torch.cat(orders, 1), d, q.sum(-1) * d)

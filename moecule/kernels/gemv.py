@@ -327,9 +327,7 @@ def _launch(
     gated: bool = False,
 ) -> None:
     exact = isinstance(x, Tensor)
-    places = (
-        (x.contiguous(),) * 4 if isinstance(x, Tensor) else (x.x8.view(torch.int32), x.d, x.s, x.d)
-    )
+    places = (x.contiguous(),) * 4 if isinstance(x, Tensor) else (x.x8, x.d, x.s, x.d)
     out = (y, y, y) if to is None else (to.x8.view(torch.int8), to.d, to.s)
     lines = triton.next_power_of_2(triton.cdiv(of.blocks * max(of.widths), 32))
     with launching(of.table):

@@ -43,6 +43,15 @@ def _define(
     return made
 
 
+def _rounded(x: Tensor, at: Tensor, how: list[int]) -> list[Tensor]:
+    made = activations.rounded(x, whole(at, how))
+    return [made.x8, made.d, made.s]
+
+
+def _rounded_fake(x: Tensor, at: Tensor, how: list[int]) -> list[Tensor]:
+    return _room(x, len(x), -(-how[1] // 32))
+
+
 def _room(x: Tensor, rows: int, blocks: int) -> list[Tensor]:
     floats = [x.new_empty(rows, blocks, dtype=torch.float32) for _ in range(2)]
     return [x.new_empty(rows, activations.ORDERS * blocks * 8, dtype=torch.int32), *floats]
@@ -90,6 +99,7 @@ def _combined_fake(y: Tensor, idx: Tensor, coef: Tensor, experts: int, as_: Tens
 
 
 _OF = "Tensor at, int[] how"
+round_op = _define("rounded", f"(Tensor x, {_OF}) -> Tensor[]", _rounded, _rounded_fake)
 product_op = _define(
     "products",
     f"(Tensor[] x, {_OF}, Tensor? idx, int share, Tensor? as_) -> Tensor",
@@ -114,9 +124,8 @@ Given = list[Tensor]  # activations: as they are, or the three tensors of `activ
 
 def rounded(x: Float[Tensor, "T N"], of: Matrices) -> Given:
     """As `activations.rounded`."""
-    compiled = torch.compiler.is_compiling()
-    made = activations.rounded_by_torch(x, of) if compiled else activations.rounded(x, of)
-    return [made.x8, made.d, made.s]
+    made: Given = round_op(x, *pieces(of))
+    return made
 
 
 def products(
