@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
+from transformers import StaticCache
 
-from bench.full_size import SHAPES
-from bench.kernels import read_rate
+from bench.full_size import SHAPES, meta_model
+from bench.kernels import fill, read_rate
 from moecule import runtime
 from moecule.measure import device_name
 from moecule.moe import experts_in
@@ -37,14 +37,9 @@ WHAT = ("int8", "exact", "generate")
 
 def random_model(name: str, layers: int | None) -> Any:
     """Compressed, of full size, with weights that keep hidden states finite."""
-    settings = {**SHAPES[name], "dtype": "bfloat16"}
-    if layers:
-        settings["num_hidden_layers"] = layers
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.requires_grad_(False)
-    model.config.moecule = {"model_type": config.model_type}
+    model = meta_model(SHAPES[name], layers).requires_grad_(False)
+    config = model.config
+    config.moecule = {"model_type": config.model_type}
     n = config.num_local_experts if hasattr(config, "num_local_experts") else config.num_experts
     widths = " ".join(f"{3 - e % 2}g{GROUP}" for e in range(n))
     dense = [
@@ -58,16 +53,9 @@ def random_model(name: str, layers: int | None) -> Any:
     )
     runtime.prepare_model(model, packed)
     model.to_empty(device="cuda")
-    for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if key.endswith("_codes"):
-            tensor.random_(-(2**31), 2**31 - 1)
-        elif key.endswith(("_scale", "_zero")):
-            most = 0.02 if key.endswith("_scale") else 3.0
-            tensor.copy_(torch.rand_like(tensor, dtype=torch.float16).mul_(most).view(torch.int16))
-        elif tensor.dim() > 1:
-            tensor.normal_(0, 0.02)
-        else:
-            tensor.fill_(1.0)
+    fill(model, 0.02)
+    for weight in model.parameters():
+        weight.normal_(0, 0.02) if weight.dim() > 1 else weight.fill_(1.0)
     rotary = model.model.rotary_emb  # its frequencies are made where it is
     model.model.rotary_emb = type(rotary)(config).to("cuda")
     runtime.set_exact(model, False)

@@ -55,12 +55,17 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def write_model(shape: dict[str, Any], layers: int, folder: Path) -> None:
-    """A checkpoint of random bf16 weights, a file a layer, made on the GPU where there is one."""
-    settings = {**shape, "num_hidden_layers": layers, "dtype": "bfloat16"}
+def meta_model(shape: dict[str, Any], layers: int | None = None) -> Any:
+    """Of that shape in bf16, without weights; with fewer layers, if given."""
+    settings = {**shape, "dtype": "bfloat16"} | ({"num_hidden_layers": layers} if layers else {})
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def write_model(shape: dict[str, Any], layers: int, folder: Path) -> None:
+    """A checkpoint of random bf16 weights, a file a layer, made on the GPU where there is one."""
+    model = meta_model(shape, layers)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     for file in (ASSETS / "model").glob("tok*"):

@@ -24,10 +24,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from bench.full_size import SHAPES
+from bench.full_size import SHAPES, meta_model
 from moecule import gpu, runtime
 from moecule.family import load_family
 from moecule.kernels import gemv
@@ -48,14 +47,20 @@ ROUTED = ("codes", "exact", "grouped", "unpacked")
 
 def experts_module(name: str) -> Any:
     """Of the first layer, on meta."""
-    settings = {**SHAPES[name], "num_hidden_layers": 1, "dtype": "bfloat16"}
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.requires_grad_(False)
-    moe = find_moe(find_layers(model)[1][0], load_family(config.model_type))
+    model = meta_model(SHAPES[name], 1).requires_grad_(False)
+    moe = find_moe(find_layers(model)[1][0], load_family(model.config.model_type))
     assert moe is not None  # both shapes have them in every layer
     return moe.experts
+
+
+def fill(module: torch.nn.Module, scale: float) -> None:
+    """Packed weights with random codes, scales up to `scale`."""
+    for key, buffer in module.named_buffers():
+        if key.endswith("_codes"):
+            buffer.random_(-(2**31), 2**31 - 1)
+        elif key.endswith(("_scale", "_zero")):
+            most = scale if key.endswith("_scale") else 3.0
+            buffer.copy_(torch.rand_like(buffer, dtype=torch.float16).mul_(most).view(torch.int16))
 
 
 def packed_experts(name: str) -> Any:
@@ -63,13 +68,7 @@ def packed_experts(name: str) -> Any:
     module = experts_module(name)
     n = module.num_experts
     runtime.prepare_experts(module, [Keep(2 + e % 2, GROUP) for e in range(n)])
-    module.to_empty(device="cuda")
-    for key, buffer in module.named_buffers():
-        if key.endswith("_codes"):
-            buffer.random_(-(2**31), 2**31 - 1)
-        else:
-            most = 0.01 if key.endswith("_scale") else 3.0
-            buffer.copy_(torch.rand_like(buffer, dtype=torch.float16).mul_(most).view(torch.int16))
+    fill(module.to_empty(device="cuda"), 0.01)
     return module
 
 
@@ -211,18 +210,13 @@ def rows(name: str, rate: float) -> list[dict[str, Any]]:
         taken = min((way for way in ROUTED if f"{way}_us" in row), key=lambda w: row[f"{w}_us"])
         row["best"] = taken
     del packed, found, few, grouped, unpacked
-    made[0]["int4_us"] = int4_us(name, turns_of(name, top_k))
     plain = plain_experts(name)
+    made[0]["int4_us"] = int4_us(name, routings(plain, 1, top_k))
     for row in made:
         turns = routings(plain, row["tokens"], top_k)
         turns = turns if row["tokens"] < 512 else turns[:4]
         row["bf16_us"] = replayed(partial(ALL_EXPERTS_FUNCTIONS["grouped_mm"], plain), turns)
     return made
-
-
-def turns_of(name: str, top_k: int) -> list[tuple[torch.Tensor, ...]]:
-    """Routings of one token."""
-    return routings(experts_module(name), 1, top_k)
 
 
 @torch.no_grad()

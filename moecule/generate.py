@@ -93,9 +93,12 @@ def generate(
     settings that cannot be.
     """
     _check(prompt, tokens, temperature, seed)
+    compute = compute or Compute()
+    if compiled and compute.torch_device().type != "cuda":
+        raise RecipeError("--compile captures CUDA graphs, which needs a GPU; leave it out")
     path = open_checkpoint(model).path
     tokenizer = tokenizer_of(path)
-    loaded = load(model, compute or Compute(), skip=skip, exact=exact)
+    loaded = load(model, compute, skip=skip, exact=exact)
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": prompt}]
         inputs = tokenizer.apply_chat_template(
@@ -107,8 +110,6 @@ def generate(
         k: v for k, v in inputs.to(loaded.device).items() if k in ("input_ids", "attention_mask")
     }
     tokens = min(tokens, _room(inputs["input_ids"], loaded.config))
-    if compiled and loaded.device.type != "cuda":
-        raise RecipeError("--compile captures CUDA graphs, which needs a GPU; leave it out")
     pieces = _Pieces(tokenizer, inputs["input_ids"].shape[1], say)
     torch.manual_seed(seed)
     how: dict[str, Any] = (

@@ -7,7 +7,7 @@ has; all else can be captured in a CUDA graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -29,49 +29,58 @@ from moecule.packed import packed_of
 # an expert's weights are so many that they are worth launches of their own
 FEW_PAIRS, FEW_EXACT = 3, 0.15
 MANY_PAIRS, LARGE = 320, 2**24
-FEW_TOKENS = 12  # at a weight that all tokens meet
+FEW_TOKENS = 12  # at a weight that all tokens meet; a guess, not measured yet
 
 
 def experts_there(module: Any) -> tuple[Matrices, Matrices] | None:
     """(gate and up, down) of an experts module, found once; None where the kernels do not serve them."""
-    if torch.compiler.is_compiling() and "there" in vars(module):
-        there: tuple[Matrices, Matrices] | None = module.there
-    else:
-        there = _find_experts(module)
+    there: tuple[Matrices, Matrices] | None = _there(module, _place_of_experts, _experts_of)
     return there
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _find_experts(module: Any) -> tuple[Matrices, Matrices] | None:
-    stacks = [(module.packed[kind], row) for kind, row in module.slots]
-    place = None if "bits16" in module.packed else stacks[0][0].gate_up_codes.data_ptr()
-    if "there" not in vars(module) or module.place != place:  # or they have moved
-        up, down = (
-            None if place is None else Matrices.of([packed_of(s, name, row) for s, row in stacks])
-            for name in ("gate_up", "down")
-        )
-        module.there = None if up is None or down is None else (up, down)
-        module.place = place
-    found: tuple[Matrices, Matrices] | None = module.there
-    return found
 
 
 def weight_there(module: Any) -> Matrices | None:
     """A Linear's weight, found once."""
-    if torch.compiler.is_compiling() and "there" in vars(module):
-        there: Matrices | None = module.there
-    else:
-        there = _find_weight(module)
+    there: Matrices | None = _there(module, _place_of_weight, _weight_of)
     return there
 
 
+def _there(module: Any, place_of: Callable[[Any], int | None], made: Callable[[Any], Any]) -> Any:
+    if torch.compiler.is_compiling() and "there" in vars(module):
+        return module.there
+    return _find(module, place_of, made)
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _find_weight(module: Any) -> Matrices | None:
-    place = module.weight_codes.data_ptr()
-    if "there" not in vars(module) or module.place != place:
-        module.there, module.place = Matrices.of([packed_of(module, "weight")]), place
-    found: Matrices | None = module.there
-    return found
+def _find(module: Any, place_of: Callable[[Any], int | None], made: Callable[[Any], Any]) -> Any:
+    place = place_of(module)
+    if "there" not in vars(module) or module.place != place:  # or its weights have moved
+        module.there, module.place = None if place is None else made(module), place
+    return module.there
+
+
+def _place_of_experts(module: Any) -> int | None:
+    if "bits16" in module.packed:
+        return None
+    place: int = module.packed[module.slots[0][0]].gate_up_codes.data_ptr()
+    return place
+
+
+def _experts_of(module: Any) -> tuple[Matrices, Matrices] | None:
+    stacks = [(module.packed[kind], row) for kind, row in module.slots]
+    up, down = (
+        Matrices.of([packed_of(stack, name, row) for stack, row in stacks])
+        for name in ("gate_up", "down")
+    )
+    return None if up is None or down is None else (up, down)
+
+
+def _place_of_weight(module: Any) -> int:
+    place: int = module.weight_codes.data_ptr()
+    return place
+
+
+def _weight_of(module: Any) -> Matrices | None:
+    return Matrices.of([packed_of(module, "weight")])
 
 
 def linear(x: Float[Tensor, "T N"], of: Matrices, *, exact: bool) -> Float[Tensor, "T M"]:

@@ -32,7 +32,7 @@ class Switch:
 
     on: bool = False
     # pairs that ran, and all pairs, since it was switched on; counted in place, as CUDA graphs can
-    counts: Int[Tensor, " two"] | None = None
+    counts: Int[Tensor, " two"] = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))
 
 
 @dataclass
@@ -62,9 +62,9 @@ class LayerSkip:
             protected = odp.protected_tokens(by_sequence, received, valid, self.protect).flatten()
             self.received = None
         run = odp.kept(coef, self.thresholds, protected)
-        if self.switch.counts is not None:
-            counted = torch.stack([run.sum(), torch.full_like(run.sum(), run.numel())])
-            self.switch.counts.add_(counted.to(self.switch.counts.device))
+        counts = self.switch.counts
+        counts[0].add_(run.sum().to(counts.device))
+        counts[1].add_(run.numel())
         return idx.masked_fill(~run, nobody), odp.rescaled(coef, run, self.renormalised)
 
 
@@ -112,9 +112,7 @@ def set_skip(model: Any, on: bool) -> None:
 def experts_run(model: Any) -> float:
     """Share of the (token, expert) pairs that ran since skipping was switched on; 1 without."""
     switch = vars(model).get("moecule_switch")
-    if switch is None or switch.counts is None:
-        return 1.0
-    ran, all_pairs = switch.counts.tolist()
+    ran, all_pairs = (0, 0) if switch is None else switch.counts.tolist()
     return ran / all_pairs if all_pairs else 1.0
 
 

@@ -215,14 +215,14 @@ def _product_kernel(
     if chain:
         take_turn()
     at = (pair // share).to(tl.int64)
-    x8, d, s, x = x8_ptr + at * (blocks * 32), d_ptr + at * blocks, s_ptr + at * blocks, x_ptr
+    x8, d, s = x8_ptr + at * (blocks * 32), d_ptr + at * blocks, s_ptr + at * blocks
     y = tl.zeros((rows,), tl.float32)
     for i in tl.static_range(4):
         if parts & (8 >> i):
             if bits & (8 >> i):
                 y += _part(
                     codes, scale, zero, row, there, x8 + (3 - i) * (blocks * 8), d, s,
-                    x + at * columns, columns, blocks, bits, bits & (16 - (16 >> i)), 8 >> i,
+                    x_ptr + at * columns, columns, blocks, bits, bits & (16 - (16 >> i)), 8 >> i,
                     group, min(words, most * (8 >> i)), exact, (leads & (8 >> i)) > 0, stages,
                 )  # fmt: skip
     to = pair.to(tl.int64)
@@ -261,9 +261,7 @@ def tiling(of: Matrices, pairs: int) -> Tiling:
     """Of a product: warps share a row where there would be too few of them."""
     rows = 8 if pairs * of.rows >= 8 * 1024 else 4
     fill = triton.next_power_of_2(triton.cdiv(WARPS, pairs * triton.cdiv(of.rows, rows)))
-    row = triton.next_power_of_2(
-        of.blocks * max(2, *(1 << k for k in range(4) if of.parts >> k & 1))
-    )
+    row = triton.next_power_of_2(of.blocks * max(2, 1 << (of.parts.bit_length() - 1)))
     warps = max(1, min(4, fill, row // 128))
     return Tiling(rows, min(128 * warps, max(32, row)), warps, early=of.columns <= 2048)
 

@@ -98,11 +98,11 @@ def _with_codes(
 
 @triton.jit
 @no_type_check
-def _spread(at, step, there, steps, other, each: tl.constexpr, n: tl.constexpr):
-    """[rows, AHEAD] in float32: what a group's columns share, for steps from `step` on."""
+def _spread(at, step, there, steps, each: tl.constexpr, n: tl.constexpr):
+    """[rows, each] in float32: what a group's columns share, for steps from `step` on."""
     g = step + tl.arange(0, each)
     inside = there[:, None] & (g < steps)[None, :]
-    shared = tl.load(at[:, None] + (g // n)[None, :], mask=inside, other=other)
+    shared = tl.load(at[:, None] + (g // n)[None, :], mask=inside, other=0.0)
     return shared.to(tl.float32)
 
 
@@ -123,10 +123,10 @@ def _tile(
     steps = (blocks + n - 1) // n
     total = tl.zeros((rows, given.shape[0]), tl.float32)
     for step in tl.range(0, steps, ahead, num_stages=1):
-        scale = _spread(scale_at, step, there, steps, 0.0, ahead, per)
+        scale = _spread(scale_at, step, there, steps, ahead, per)
         zero = tl.full((rows, ahead), 0.5, tl.float32)
         if bits > 1:
-            zero = _spread(zero_at, step, there, steps, 0.0, ahead, per)
+            zero = _spread(zero_at, step, there, steps, ahead, per)
         g = step + tl.arange(0, ahead)[None, :]
         x_sum = tl.load(sum_ptr + (given * steps)[:, None] + g, mask=g < steps, other=0.0)
         shift = scale * (-power - zero)
@@ -289,7 +289,7 @@ def grouped(
     with launching(out):
         _grouped_kernel[(triton.cdiv(of.rows, rows), len(pairs.tiles))](
             x.x, x.sums, given, pairs.tiles, of.table, out, of.rows,
-            of.columns, of.blocks, magic, widths=sum(1 << b for b in of.widths), group=of.group,
+            of.columns, of.blocks, magic, widths=of.any_width, group=of.group,
             tokens=pairs.tokens, rows=rows, n=_blocks(of), ahead=AHEAD, aligned=of.aligned,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip

@@ -80,6 +80,11 @@ class Matrices:
         return reduce(or_, self.widths)
 
     @property
+    def any_width(self) -> int:
+        """All widths that occur, in one number: bit b for b bits."""
+        return sum(1 << bits for bits in self.widths)
+
+    @property
     def leads(self) -> int:
         """The parts that come first in some width, in one number."""
         return reduce(or_, (1 << (bits.bit_length() - 1) for bits in self.widths))

@@ -20,7 +20,7 @@ CUT = 32, 4, 4  # of a program: rows, blocks of 32 columns, warps
 
 @triton.jit
 @no_type_check
-def codes_of(
+def _codes_of(
     at, block, there, blocks, rows: tl.constexpr, n: tl.constexpr, b: tl.constexpr
 ):  # fmt: skip
     """[rows, 32 n]: the parts of b bits of n blocks; `at` points to the beginnings of the part's rows."""
@@ -34,28 +34,28 @@ def codes_of(
 
 @triton.jit
 @no_type_check
-def codes_at(
+def _codes_at(
     at, block, there, blocks, rows: tl.constexpr, n: tl.constexpr, bits: tl.constexpr
 ):  # fmt: skip
     """[rows, 32 n]: the codes of n blocks; the widest part comes first in a row, with the lowest bits."""
     if bits == 8:
-        q = codes_of(at, block, there, blocks, rows, n, 8)
+        q = _codes_of(at, block, there, blocks, rows, n, 8)
     else:
         q = tl.zeros((rows, 32 * n), tl.int32)
         if bits & 4:
-            q = codes_of(at, block, there, blocks, rows, n, 4)
+            q = _codes_of(at, block, there, blocks, rows, n, 4)
         if bits & 2:
             low: tl.constexpr = bits & 4
-            q |= codes_of(at + low * blocks, block, there, blocks, rows, n, 2) << low
+            q |= _codes_of(at + low * blocks, block, there, blocks, rows, n, 2) << low
         if bits & 1:
             under: tl.constexpr = bits & 6
-            q |= codes_of(at + under * blocks, block, there, blocks, rows, n, 1) << under
+            q |= _codes_of(at + under * blocks, block, there, blocks, rows, n, 1) << under
     return q
 
 
 @triton.jit
 @no_type_check
-def spread(
+def _spread(
     at, block, there, groups, other, rows: tl.constexpr, n: tl.constexpr, group: tl.constexpr
 ):
     """What a group of columns shares, in float32, for n blocks: [rows, 32 n], or [rows, 1] if one does."""
@@ -87,12 +87,12 @@ def _unpack_kernel(
     for b in tl.static_range(1, 9):
         if widths & (1 << b):
             if bits == b:
-                q = codes_at(codes, block, there, blocks, rows, n, b)
+                q = _codes_at(codes, block, there, blocks, rows, n, b)
     groups = (columns + group - 1) // group
     scale_at = tl.load(place + 1).to(tl.pointer_type(tl.float16)) + row * groups
     zero_at = tl.load(place + 2).to(tl.pointer_type(tl.float16)) + row * groups
-    scale = spread(scale_at, block, there, groups, 0.0, rows, n, group)
-    zero = spread(zero_at, block, there & (bits != 1), groups, 0.5, rows, n, group)
+    scale = _spread(scale_at, block, there, groups, 0.0, rows, n, group)
+    zero = _spread(zero_at, block, there & (bits != 1), groups, 0.5, rows, n, group)
     w = (q.to(tl.float32) - zero) * scale
     column = block * 32 + tl.arange(0, 32 * n)
     inside = there[:, None] & (column < columns)[None, :]
@@ -107,6 +107,6 @@ def unpacked(of: Matrices, e: int, dtype: torch.dtype) -> Float[Tensor, "M N"]:
     with launching(of.table):
         _unpack_kernel[(triton.cdiv(of.rows, rows), triton.cdiv(of.blocks, n))](
             of.table, out, of.rows, of.columns, of.blocks, e,
-            widths=sum(1 << b for b in of.widths), group=of.group, rows=rows, n=n, num_warps=warps,
+            widths=of.any_width, group=of.group, rows=rows, n=n, num_warps=warps,
         )  # fmt: skip
     return out
