@@ -32,7 +32,10 @@ class Switch:
 
     on: bool = False
     # pairs that ran, and all pairs, since it was switched on; counted in place, as CUDA graphs can
-    counts: Int[Tensor, " two"] = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))
+    # (attached while a model is on meta, where nothing can be counted)
+    counts: Int[Tensor, " two"] = field(
+        default_factory=lambda: torch.zeros(2, dtype=torch.int64, device="cpu")
+    )
 
 
 @dataclass
