@@ -42,7 +42,7 @@ SWEPT: tuple[dict[str, Any], ...] = (
 )  # fmt: skip
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 512, 4096)
 EXACT = 2  # tokens up to which the exact path is timed
-ROUTED = ("codes", "exact", "grouped", "unpacked")
+ROUTED = ("codes", "exact", "grouped", "grouped_int8", "unpacked")
 
 
 def experts_module(name: str) -> Any:
@@ -188,8 +188,8 @@ def rows(name: str, rate: float) -> list[dict[str, Any]]:
     packed, made = packed_experts(name), []
     found = gpu.experts_there(packed)
     assert found is not None  # the kernels serve this shape
-    ways = {"codes": gpu._few, "grouped": gpu._grouped, "unpacked": gpu._unpacked}
-    few, grouped, unpacked = (partial(way, packed, *found) for way in ways.values())
+    ways = (gpu._few, gpu._grouped, gpu._grouped_int8, gpu._unpacked)
+    few, grouped, grouped_int8, unpacked = (partial(way, packed, *found) for way in ways)
     for tokens in TOKENS:
         turns = routings(packed, tokens, top_k)
         row = {"shape": name, "tokens": tokens, "floor_us": 1e6 * bytes_hit(packed, turns) / rate}
@@ -205,11 +205,12 @@ def rows(name: str, rate: float) -> list[dict[str, Any]]:
             packed.exact = True
             row["exact_us"] = replayed(few, turns)
         row["grouped_us"] = replayed(grouped, turns)
+        row["grouped_int8_us"] = replayed(grouped_int8, turns)
         if tokens >= 64:
             row["unpacked_us"] = by_clock(unpacked, turns)
         taken = min((way for way in ROUTED if f"{way}_us" in row), key=lambda w: row[f"{w}_us"])
         row["best"] = taken
-    del packed, found, few, grouped, unpacked
+    del packed, found, few, grouped, grouped_int8, unpacked
     plain = plain_experts(name)
     made[0]["int4_us"] = int4_us(name, routings(plain, 1, top_k))
     for row in made:
@@ -250,7 +251,7 @@ def main() -> None:
         for name in args.shapes:
             sweep(name)
         return
-    columns = ("floor", "codes", "exact", "half_skipped", "grouped", "unpacked", "int4", "bf16")
+    columns = ("floor", *ROUTED, "half_skipped", "int4", "bf16")
     print(f"| | tokens | {' | '.join(columns)} | best | of bf16 |")
     print("|---|" + "--:|" * (len(columns) + 1) + "---|--:|")
     made = [row for name in args.shapes for row in rows(name, rate)]

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import _default_apply_gate
 
-from moecule.kernels import ops, unpack
+from moecule.kernels import grouped, grouped_int8, ops, unpack
 from moecule.kernels.combine import combined
-from moecule.kernels.grouped import Sorted, arranged, grouped
 from moecule.kernels.matrices import Matrices
+from moecule.kernels.sort import Sorted
 from moecule.moe import activated, end_of, ended
 from moecule.packed import packed_of
 
@@ -106,23 +106,41 @@ def experts_forward(
     elif full or each >= MANY_PAIRS and up.rows * up.columns >= LARGE:
         how = _unpacked
     else:
-        how = _grouped
+        how = _grouped if module.exact else _grouped_int8
     return how(module, up, down, hidden, idx, coef)
 
 
 def _grouped(
     module: Any, up: Matrices, down: Matrices, hidden: Tensor, idx: Tensor, coef: Tensor
 ) -> Tensor:
-    n, pairs = len(up), idx.flatten()
-    by_expert = Sorted.of(pairs, n)
-    order, places = by_expert.order, torch.arange(len(pairs), device=idx.device)
-    y = grouped(arranged(hidden, up), order // idx.shape[1], up, by_expert)
+    pairs, top_k = Sorted.of(idx.flatten(), len(up), grouped.CUTS), idx.shape[1]
+    y = grouped.grouped(grouped.arranged(hidden, up), pairs.order // top_k, up, pairs)
     if _is_swiglu(module):
-        act = arranged(y, down, gated=True)
+        act = grouped.arranged(y, down, gated=True)
     else:
-        act = arranged(activated(module, y, pairs[order].clamp(max=n - 1)), down)
-    out = grouped(act, places, down, by_expert)
-    return _added(module, out, torch.empty_like(order).scatter_(0, order, places), idx, coef)
+        act = grouped.arranged(_activated(module, y, pairs, idx), down)
+    each = torch.arange(len(y), device=y.device)
+    return _added(module, grouped.grouped(act, each, down, pairs), pairs.places, idx, coef)
+
+
+def _grouped_int8(
+    module: Any, up: Matrices, down: Matrices, hidden: Tensor, idx: Tensor, coef: Tensor
+) -> Tensor:
+    pairs, top_k = Sorted.of(idx.flatten(), len(up), grouped_int8.CUTS), idx.shape[1]
+    x = grouped_int8.tiled(hidden, pairs.order // top_k, up, pairs)
+    y = grouped_int8.products(x, up, pairs, hidden.dtype)
+    if _is_swiglu(module):
+        act = grouped_int8.tiled(y, None, down, pairs, gated=True)
+    else:
+        act = grouped_int8.tiled(_activated(module, y, pairs, idx), None, down, pairs)
+    out = grouped_int8.products(act, down, pairs, hidden.dtype)
+    return _added(module, out, pairs.places, idx, coef)
+
+
+def _activated(
+    module: Any, y: Float[Tensor, "pairs R"], pairs: Sorted, idx: Int[Tensor, "T K"]
+) -> Float[Tensor, "pairs F"]:
+    return activated(module, y, idx.flatten()[pairs.order].clamp(max=module.num_experts - 1))
 
 
 def _added(

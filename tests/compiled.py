@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moecule.kernels import gemv, grouped
+from moecule.kernels import gemv, grouped, grouped_int8
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 POINTERS = {
@@ -30,7 +30,15 @@ GROUPED = {
     **POINTERS, "x_ptr": "*bf16", "sum_ptr": "*fp32", "given_ptr": "*i64", "tile_ptr": "*i32",
     "out_ptr": "*bf16",
 }  # fmt: skip
-EVEN = ("m", "columns", "run", "blocks")  # multiples of 16, as Triton sees of a layer's sizes
+INT8 = {**GROUPED, "x_ptr": "*i8", "d_ptr": "*fp32"}
+EVEN = (
+    "x_all",
+    "d_all",
+    "m",
+    "columns",
+    "run",
+    "blocks",
+)  # multiples of 16, as Triton sees of a layer's sizes
 
 
 def built(
@@ -100,7 +108,7 @@ def report(
                 "instructions_a_weight": sum(body.values()) / (step or 4 * dots),
                 "wide_loads": sum(n for s, n in body.items() if s.startswith("LDG") and "128" in s),
                 "stores": sum(n for s, n in body.items() if s.startswith(("STS", "STL"))),
-                "matrix_products": sum(n for s, n in body.items() if s.startswith("HGMMA")),
+                "matrix_products": sum(n for s, n in body.items() if s.startswith(("HGMMA", "IGMMA"))),
             })  # fmt: skip
     return {"registers": int(usage[1]), "stack": int(usage[2]), "loops": found}
 
@@ -119,4 +127,9 @@ if __name__ == "__main__":
         weights = rows * 32 * many["n"] / (32 * warps)
         cut = many | {"tokens": tokens, "rows": rows}
         out[f"{tokens}"] = report(grouped._grouped_kernel, GROUPED, cut, warps, step=weights)
+    many = {"widths": 1 << 3, "n": 4, "near": grouped_int8.NEAR, **layer}
+    for tokens, (rows, warps, _) in grouped_int8.CUTS.items():
+        weights = rows * 32 * many["n"] / (32 * warps)
+        cut, kernel = many | {"tokens": tokens, "rows": rows}, grouped_int8._product_kernel
+        out[f"int8 {tokens}"] = report(kernel, INT8, cut, warps, step=weights)
     print(json.dumps(out))

@@ -19,10 +19,11 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is made for Linux")
 
 from moecule import forward, gpu
-from moecule.kernels import activations, gemv, unpack
+from moecule.kernels import activations, gemv, grouped_int8, unpack
 from moecule.kernels.combine import combined
-from moecule.kernels.grouped import Sorted, arranged, grouped
+from moecule.kernels.grouped import CUTS, arranged, grouped
 from moecule.kernels.matrices import Matrices
+from moecule.kernels.sort import Sorted
 from moecule.packed import Packed, pack
 from moecule.plan import Keep
 
@@ -164,13 +165,15 @@ def test_groups_that_the_kernels_cannot_tell_apart_are_not_served():
 
 def test_sorted_pairs_are_cut_into_tiles_of_one_expert():
     idx = torch.tensor([2, 0, 5, 2, 2, 5, 0, 4] * 12, device=DEVICE)  # 5 is nobody
-    found = Sorted.of(idx, 5)
+    found = Sorted.of(idx, 5, CUTS)
     seen = []
     for e, first, count in found.tiles.tolist():
         pairs = found.order[first : first + count]
         assert count <= found.tokens and (idx[pairs] == e).all()
+        assert (pairs.diff() > 0).all()  # in their order
         seen += pairs.tolist()
     assert sorted(seen) == (idx != 5).nonzero().flatten().tolist()
+    assert torch.equal(found.order[found.places], torch.arange(len(idx), device=DEVICE))
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 60])
@@ -186,7 +189,7 @@ def test_grouped_products_are_those_of_unpacked_weights(
     of, x = matrices(weights), tiny.normal(tokens, columns).to(DEVICE, dtype)
     g = torch.Generator().manual_seed(0)
     idx = torch.stack([torch.randperm(n + 1, generator=g)[:2] for _ in range(tokens)]).to(DEVICE)
-    pairs = Sorted.of(idx.flatten(), n)
+    pairs = Sorted.of(idx.flatten(), n, CUTS)
     y = grouped(arranged(x, of), pairs.order // 2, of, pairs)
     for place, pair in enumerate(pairs.order.tolist()):
         e = int(idx.flatten()[pair])
@@ -198,6 +201,35 @@ def test_grouped_products_are_those_of_unpacked_weights(
         wide = zeros.repeat_interleave(min(group, columns), 1)[:, :columns]
         error = (y[place] - plain @ at).abs()
         assert (error <= 2e-5 * (plain.abs() + wide) @ at.abs() + EPS[dtype] * y[place].abs()).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 60])
+@pytest.mark.parametrize(("columns", "group"), [(200, 128), (96, 32), (544, 64), (288, 256)])
+def test_grouped_products_of_rounded_activations(columns, group, tokens, fenced, monkeypatch):
+    """Beside the same sums in float64, of activations rounded as they are."""
+    poisoned(monkeypatch)
+    widths = (*MIXED, 7)
+    n, step = len(widths), min(128, group)
+    weights = [random_packed(bits, 70, columns, group) for bits in widths]
+    of, x = matrices(weights), tiny.normal(tokens, columns).to(DEVICE)
+    padded = torch.nn.functional.pad(x, (0, -columns % step)).unflatten(1, (-1, step))
+    d = padded.abs().amax(-1, keepdim=True) / 127
+    rounded = ((padded / d).round() * d).flatten(1)[:, :columns].double()
+    g = torch.Generator().manual_seed(0)
+    idx = torch.stack([torch.randperm(n + 1, generator=g)[:2] for _ in range(tokens)]).to(DEVICE)
+    pairs = Sorted.of(idx.flatten(), n, grouped_int8.CUTS)
+    given = grouped_int8.tiled(x, pairs.order // 2, of, pairs)
+    y = grouped_int8.products(given, of, pairs, torch.float32)
+    for pair, place in enumerate(pairs.places.tolist()):
+        e = int(idx.flatten()[pair])
+        if e == n:
+            assert y[place].isnan().all()  # not a row of it was computed
+            continue
+        plain, at = weights[e].dequantize().double(), rounded[pair // 2]
+        zeros = 2.0 ** (widths[e] + 2) * weights[e].scale.double().abs()
+        wide = zeros.repeat_interleave(min(group, columns), 1)[:, :columns]
+        most = (plain.abs() + wide) @ at.abs()
+        assert ((y[place] - plain @ at).abs() <= 1e-5 * most).all()
 
 
 def test_grouped_products_of_whole_numbers_are_exact():
@@ -215,14 +247,14 @@ def test_grouped_products_of_whole_numbers_are_exact():
                 )
                 x, nought = x.to(DEVICE, dtype), torch.zeros(tokens, dtype=torch.int64)
                 of = matrices([packed])
-                pairs = Sorted.of(nought.to(DEVICE), 1)
+                pairs = Sorted.of(nought.to(DEVICE), 1, CUTS)
                 y = grouped(arranged(x, of), pairs.order, of, pairs)
                 want = x.double() @ packed.dequantize().double().mT
                 assert torch.equal(y, want[pairs.order].to(dtype))
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "nemotron_h"])
-@pytest.mark.parametrize("how", ["exact", "int8", "grouped", "unpacked"])
+@pytest.mark.parametrize("how", ["exact", "int8", "grouped", "grouped int8", "unpacked"])
 def test_experts_do_what_torch_makes_of_them(name, how, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "FEW_PAIRS", 1000 if how in ("exact", "int8") else 0)
     monkeypatch.setattr(gpu, "FEW_EXACT", 0)
@@ -239,12 +271,12 @@ def test_experts_do_what_torch_makes_of_them(name, how, checkpoint, tmp_path, mo
         found = gpu.experts_there(module)
         assert found is not None
         want = forward.packed_forward(module, hidden, idx, coef)
-        module.exact = how != "int8"
-        if how == "grouped":
+        module.exact = "int8" not in how
+        if "grouped" in how:
             module, hidden, coef = module.half(), hidden.half(), coef.half()
         got = gpu.experts_forward(module, *found, hidden, idx, coef)
-    if how in ("int8", "grouped"):
-        assert 0 < (got - want).norm() / want.norm() < (0.02 if how == "int8" else 0.002)
+    if how in ("int8", "grouped", "grouped int8"):
+        assert 0 < (got - want).norm() / want.norm() < (0.02 if "int8" in how else 0.002)
     else:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
@@ -278,5 +310,5 @@ def test_nothing_spills_on_an_h100():
             assert loop["wide_loads"] >= 4
     for kernel in found.values():  # codes go to the matrix units straight from registers
         (loop,) = kernel["loops"]
-        assert loop["instructions_a_weight"] < 5.5
-        assert loop["matrix_products"] and not loop["stores"]
+        assert loop["instructions_a_weight"] < 6
+        assert loop["matrix_products"] and loop["stores"] <= 1

@@ -28,10 +28,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moecule.kernels.matrices import Matrices, launching
+from moecule.kernels.sort import Sorted
 from moecule.packed import BLOCK
 
 # {tokens of a tile: its rows, warps, steps read ahead}
-CUTS = {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 3), 128: (128, 8, 3)}
+CUTS = {16: (64, 4, 3), 32: (128, 4, 3), 64: (64, 4, 3)}
 AHEAD = 16  # steps whose zeros are multiplied together
 
 
@@ -232,7 +233,7 @@ def arranged(x: Float[Tensor, "T _"], of: Matrices, *, gated: bool = False) -> A
 
     x is of 16 bits.
     """
-    x, n, each = x.contiguous(), _blocks(of), 4
+    x, n, each = x.contiguous(), blocks_of(of), 4
     steps = triton.cdiv(of.blocks, n)
     out = torch.empty(len(x), steps * BLOCK * n, dtype=x.dtype, device=x.device)
     sums = torch.empty(len(x), steps, device=x.device)
@@ -243,37 +244,9 @@ def arranged(x: Float[Tensor, "T _"], of: Matrices, *, gated: bool = False) -> A
     return Arranged(out, sums)
 
 
-def _blocks(of: Matrices) -> int:
+def blocks_of(of: Matrices) -> int:
     """Of a step: in one group."""
     return min(4, of.group // BLOCK)
-
-
-@dataclass(frozen=True)
-class Sorted:
-    """Pairs by expert, and the tiles of tokens they are cut into."""
-
-    order: Int[Tensor, " pairs"]  # pairs as they come, sorted; those of no expert last
-    tiles: Int[Tensor, "tiles three"]  # expert, first sorted pair, number of pairs
-    tokens: int  # of a tile
-
-    @staticmethod
-    def of(idx: Int[Tensor, " pairs"], experts: int) -> Sorted:
-        """Nothing here waits for the GPU."""
-        pairs = len(idx)
-        most = 1.5 * pairs / experts  # the usual expert in one tile
-        tokens = next(n for n in CUTS if n >= min(most, max(CUTS)))
-        by_expert, order = idx.sort(stable=True)
-        places = torch.arange(experts + 1, device=idx.device)
-        begins = torch.searchsorted(by_expert, places)  # of each expert, and of no expert's
-        counts = begins.diff()
-        needed = (counts + tokens - 1) // tokens
-        ends = needed.cumsum(0)
-        tile = torch.arange(pairs // tokens + min(experts, pairs), device=idx.device)
-        e = torch.searchsorted(ends, tile, right=True).clamp(max=experts - 1)
-        before = (tile - ends[e] + needed[e]) * tokens
-        left = torch.where(tile < ends[-1], counts[e] - before, 0).clamp(max=tokens)
-        table = torch.stack([e, begins[e] + before, left], 1)
-        return Sorted(order, table.int(), tokens)
 
 
 def grouped(
@@ -290,7 +263,7 @@ def grouped(
         _grouped_kernel[(triton.cdiv(of.rows, rows), len(pairs.tiles))](
             x.x, x.sums, given, pairs.tiles, of.table, out, of.rows,
             of.columns, of.blocks, magic, widths=of.any_width, group=of.group,
-            tokens=pairs.tokens, rows=rows, n=_blocks(of), ahead=AHEAD, aligned=of.aligned,
+            tokens=pairs.tokens, rows=rows, n=blocks_of(of), ahead=AHEAD, aligned=of.aligned,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return out
