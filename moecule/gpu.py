@@ -1,4 +1,4 @@
-"""Packed experts and weights on a GPU: by their codes for few tokens, unpacked on the way to the matrix
+"""Packed experts on a GPU: by their codes for few tokens, unpacked on the way to the matrix
 units for more, unpacked first for many.
 
 Only where weights are unpacked first does the host wait for the GPU, to know how many tokens each expert
@@ -7,16 +7,17 @@ has; all else can be captured in a CUDA graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import _default_apply_gate
 
+from moecule import dense
 from moecule.kernels import grouped, grouped_int8, ops, unpack
 from moecule.kernels.combine import combined
 from moecule.kernels.matrices import Matrices
@@ -29,33 +30,14 @@ from moecule.packed import packed_of
 # an expert's weights are so many that they are worth launches of their own
 FEW_PAIRS, FEW_EXACT = 3, 0.15
 MANY_PAIRS, LARGE = 320, 2**24
-FEW_TOKENS = 12  # at a weight that all tokens meet; a guess, not measured yet
 
 
 def experts_there(module: Any) -> tuple[Matrices, Matrices] | None:
     """(gate and up, down) of an experts module, found once; None where the kernels do not serve them."""
-    there: tuple[Matrices, Matrices] | None = _there(module, _place_of_experts, _experts_of)
-    return there
-
-
-def weight_there(module: Any) -> Matrices | None:
-    """A Linear's weight, found once."""
-    there: Matrices | None = _there(module, _place_of_weight, _weight_of)
-    return there
-
-
-def _there(module: Any, place_of: Callable[[Any], int | None], made: Callable[[Any], Any]) -> Any:
-    if torch.compiler.is_compiling() and "there" in vars(module):
-        return module.there
-    return _find(module, place_of, made)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _find(module: Any, place_of: Callable[[Any], int | None], made: Callable[[Any], Any]) -> Any:
-    place = place_of(module)
-    if "there" not in vars(module) or module.place != place:  # or its weights have moved
-        module.there, module.place = None if place is None else made(module), place
-    return module.there
+    found: tuple[Matrices, Matrices] | None = dense.found_once(
+        module, _place_of_experts, _experts_of
+    )
+    return found
 
 
 def _place_of_experts(module: Any) -> int | None:
@@ -74,22 +56,6 @@ def _experts_of(module: Any) -> tuple[Matrices, Matrices] | None:
     return None if up is None or down is None else (up, down)
 
 
-def _place_of_weight(module: Any) -> int:
-    place: int = module.weight_codes.data_ptr()
-    return place
-
-
-def _weight_of(module: Any) -> Matrices | None:
-    return Matrices.of([packed_of(module, "weight")])
-
-
-def linear(x: Float[Tensor, "T N"], of: Matrices, *, exact: bool) -> Float[Tensor, "T M"]:
-    """x times one transposed weight."""
-    if len(x) > FEW_TOKENS:
-        return nn.functional.linear(x, unpack.unpacked(of, 0, x.dtype))
-    return ops.products([x] if exact else ops.rounded(x, of), of, None, 1, x)
-
-
 def experts_forward(
     module: Any,
     up: Matrices,
@@ -100,7 +66,7 @@ def experts_forward(
 ) -> Float[Tensor, "T H"]:
     """The forward of an experts module; pairs with no expert of its own, skipped, add nothing."""
     each = idx.numel() / len(up)
-    full = hidden.dtype == torch.float32  # the matrix units take 16 bits
+    full = module.exact and hidden.dtype == torch.float32  # the matrix units take 16 bits
     if each <= (FEW_EXACT if module.exact and not full else FEW_PAIRS):
         how = _few
     elif full or each >= MANY_PAIRS and up.rows * up.columns >= LARGE:

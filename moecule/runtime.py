@@ -153,13 +153,19 @@ def prepare_weight(module: nn.Module, keep: Keep) -> None:
     """Give a Linear or a router room for a packed weight, in place; its forward stays as it is."""
     weight = module.get_parameter("weight")
     module.weight_dtype, module.exact = weight.dtype, True  # type: ignore[assignment]
+    module.peers = module.span = None  # type: ignore[assignment]
     del module.weight
     register_packed(module, "weight", (), weight.shape[0], weight.shape[1], keep)
+    own: dict[str, Any] = {"weight": property(_unpacked)}
+    if type(module) is nn.Linear:
+        own["forward"] = forward.linear_forward
+    _give_class(module, own)
+
+
+def _give_class(module: nn.Module, own: dict[str, Any]) -> None:
+    """A class of its own kind with more in it, one for all modules of a kind."""
     base = type(module)
     if base not in _packed_classes:
-        own: dict[str, Any] = {"weight": property(_unpacked)}
-        if base is nn.Linear:
-            own["forward"] = forward.linear_forward
         _packed_classes[base] = type(f"Packed{base.__name__}", (base,), own)
     module.__class__ = _packed_classes[base]
 
@@ -222,8 +228,13 @@ def prepare_model(model: Any, config: PackedConfig) -> None:
             if len(keeps) < moe.experts.num_experts:
                 select_experts(moe, range(len(keeps)), moe.experts.num_experts)
             prepare_experts(moe.experts, keeps)
+            _give_class(moe.block, {"forward": forward.block_forward(type(moe.block).forward)})
+        peers: dict[str, Any] = {}  # of each parent
         for name, width in config.weights.items():
-            prepare_weight(model.get_submodule(name), keep_from(width))
+            module, parent = model.get_submodule(name), name.rpartition(".")[0]
+            prepare_weight(module, keep_from(width))
+            if forward.GPU is not None:
+                module.peers = peers.setdefault(parent, forward.GPU.dense.Peers())
     set_experts(model, MODEL_TYPE)
     if config.skip is not None:
         online.attach(model, family, config.skip)

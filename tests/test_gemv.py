@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import os
@@ -9,17 +10,18 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 pytest.importorskip("triton", reason="triton is made for Linux")
 
-from moecule import forward, gpu
-from moecule.kernels import activations, gemv, grouped_int8, unpack
+from moecule import dense, forward, gpu, runtime
+from moecule.kernels import activations, gemv, grouped_int8, routing, unpack
 from moecule.kernels.combine import combined
 from moecule.kernels.grouped import CUTS, arranged, grouped
 from moecule.kernels.matrices import Matrices
@@ -57,6 +59,14 @@ def matrices(weights: list[Packed]) -> Matrices:
     found = Matrices.of(weights)
     assert found is not None
     return found
+
+
+def packed_linear(packed: Packed) -> Any:
+    """As `runtime.prepare_model` leaves one."""
+    module = nn.Linear(packed.columns, len(packed.codes), bias=False, device=DEVICE)
+    runtime.prepare_weight(module, Keep(packed.bits, packed.group))
+    runtime.fill_weight(module.to(DEVICE), packed)
+    return module
 
 
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +156,38 @@ def test_whole_numbers_come_out_exactly():
             packed = Packed(pack(codes, bits).to(DEVICE), 2 * ones, zero, bits, 32, 160)
             x = tiny.in_eighths((2, 160), 0).to(DEVICE)
             want = (x.double() @ packed.dequantize().double().mT).float()
-            assert torch.equal(gpu.linear(x, matrices([packed]), exact=exact), want)
+            module = packed_linear(packed)
+            module.exact = exact
+            assert torch.equal(dense.linear(module, x, dense.weight_there(module)), want)
+
+
+def test_linears_that_share_an_input_are_multiplied_at_once(fenced):
+    """To the same bits, in any order of calls, and not before they were seen to share one."""
+    shared = dense.Peers()
+    modules = [packed_linear(random_packed(4, rows, 64, 32)) for rows in (32, 16, 16, 24)]
+    x, other = (tiny.in_eighths((2, 64), i).to(DEVICE) for i in range(2))
+    for exact in (True, False):
+        for m in modules:
+            m.exact, m.peers = exact, None
+        want = [dense.linear(m, x, dense.weight_there(m)) for m in modules]
+        last = dense.linear(modules[3], other, dense.weight_there(modules[3]))
+        for m in modules:
+            m.peers = shared
+        for order in ((0, 1, 2), (0, 1, 2), (1, 0, 2), (2, 1)):
+            for i in order:
+                have = dense.linear(modules[i], x, dense.weight_there(modules[i]))
+                assert torch.equal(have, want[i])
+            have = dense.linear(modules[3], other, dense.weight_there(modules[3]))
+            assert torch.equal(have, last)
+    assert shared.members == modules[:3]
+    assert len(shared.all[0]) == 4  # pieces of 16 rows
+    modules[1].weight_codes = modules[1].weight_codes.clone()  # as moving a model does
+    modules[1].weight_codes.bitwise_not_()
+    changed = dense.linear(modules[1], x, dense.weight_there(modules[1]))
+    modules[1].peers = None
+    assert torch.equal(changed, dense.linear(modules[1], x, dense.weight_there(modules[1])))
+    assert not torch.equal(changed, want[1])
+    assert copy.deepcopy(modules[0]).peers.all is None
 
 
 @pytest.mark.parametrize(("columns", "group"), [(200, 128), (64, 32)])
@@ -161,6 +202,27 @@ def test_groups_that_the_kernels_cannot_tell_apart_are_not_served():
     assert Matrices.of([random_packed(2, 4, 96, 24)]) is None
     assert Matrices.of([random_packed(2, 4, 96, 32), random_packed(2, 4, 96, 64)]) is None
     assert Matrices.of([random_packed(2, 4, 96, 500)]).group == 128  # all columns are one group
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_the_largest_scores_are_picked(dtype, fenced):
+    """As torch does, of equal ones the first; what is minus infinity comes last, each once."""
+    x = tiny.in_eighths((3, 200), 0).to(DEVICE, dtype)
+    x[1, 3:] = float("-inf")
+    values, where = routing.picked(x, 8)
+    order = x.float().argsort(descending=True, stable=True)[:, :8]
+    assert torch.equal(where, order)
+    assert torch.equal(values, x.gather(1, order))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize(("rows", "columns"), [(5, 200), (640, 1100)])
+def test_thin_products_are_those_of_torch(rows, columns, dtype, fenced):
+    x, w = tiny.in_eighths((2, columns), 0), tiny.in_eighths((rows, columns), 1)
+    have = routing.thin(x.to(DEVICE, dtype), w.to(DEVICE, dtype))
+    torch.testing.assert_close(
+        have, (x @ w.T).to(DEVICE, dtype), rtol=EPS.get(dtype, 1e-6), atol=1e-5
+    )
 
 
 def test_sorted_pairs_are_cut_into_tiles_of_one_expert():
@@ -290,6 +352,7 @@ def test_a_compiler_takes_a_decoding_step_whole(tmp_path):
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["graphs"] == 1
+    assert found["operators"] == ["combined", "gated", "picked", "products", "rounded", "thin"]
     assert found["off_by"] < 1e-5
     assert found["run"][0] == found["run"][1] < 1
 

@@ -10,11 +10,13 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 
 import tiny
 import torch
+from torch._dynamo import lookup_backend
 from torch._dynamo.utils import counters
 from transformers import StaticCache
 
@@ -22,6 +24,14 @@ from moecule import forward, gpu, online, runtime
 from moecule.plan import Keep, Skip
 
 STEPS = 2
+operators: set[str] = set()  # of ours, in the graph
+
+
+def noting(graph: torch.fx.GraphModule, examples: list[torch.Tensor]) -> Any:
+    """A compiler's backend that notes what it is given."""
+    names = (str(node.target) for node in graph.graph.nodes)
+    operators.update(n.split(".")[1] for n in names if n.startswith("moecule."))
+    return lookup_backend("aot_eager")(graph, examples)
 
 
 @torch.no_grad()
@@ -30,7 +40,7 @@ def decode(model: torch.nn.Module, *, compiled: bool) -> torch.Tensor:
     cache = StaticCache(config=model.config, max_cache_len=8)
     prompt = tiny.tokens(1, shape=(1, 2))[0]
     logits = [model(prompt, past_key_values=cache, use_cache=True).logits[:, -1:]]
-    step = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    step = torch.compile(model, backend=noting, fullgraph=True) if compiled else model
     for i in range(STEPS):
         token, position = logits[-1].argmax(-1), torch.tensor([[2 + i]])
         out = step(token, past_key_values=cache, position_ids=position, use_cache=True)
@@ -61,6 +71,7 @@ def main(name: str, folder: Path) -> None:
     found = {
         "off_by": float((both - plain).abs().max() / plain.abs().max()),
         "graphs": counters["stats"]["unique_graphs"],
+        "operators": sorted(operators),
         "run": [ran, online.experts_run(model)],
     }
     print(json.dumps(found))

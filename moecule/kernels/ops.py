@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moecule.kernels import activations, combine, gemv
+from moecule.kernels import activations, combine, gemv, routing
 from moecule.kernels.matrices import Matrices
 
 
@@ -98,6 +98,14 @@ def _combined_fake(y: Tensor, idx: Tensor, coef: Tensor, experts: int, as_: Tens
     return as_.new_empty(len(idx), y.shape[1])
 
 
+def _picked_fake(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int64)
+
+
+def _thin_fake(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(len(x), len(weight))
+
+
 _OF = "Tensor at, int[] how"
 round_op = _define("rounded", f"(Tensor x, {_OF}) -> Tensor[]", _rounded, _rounded_fake)
 product_op = _define(
@@ -118,6 +126,8 @@ combine_op = _define(
     _combined,
     _combined_fake,
 )
+pick_op = _define("picked", "(Tensor x, int k) -> (Tensor, Tensor)", routing.picked, _picked_fake)
+thin_op = _define("thin", "(Tensor x, Tensor weight) -> Tensor", routing.thin, _thin_fake)
 
 Given = list[Tensor]  # activations: as they are, or the three tensors of `activations.Rounded`
 
@@ -155,4 +165,16 @@ def combined(
 ) -> Float[Tensor, "T M"]:
     """As `combine.combined`, in the dtype of `as_`."""
     made: Tensor = combine_op(y, idx, coef, experts, as_)
+    return made
+
+
+def picked(x: Float[Tensor, "T N"], k: int) -> tuple[Float[Tensor, "T {k}"], Int[Tensor, "T {k}"]]:
+    """As `routing.picked`."""
+    values, where = pick_op(x, k)
+    return values, where
+
+
+def thin(x: Float[Tensor, "T N"], weight: Float[Tensor, "M N"]) -> Float[Tensor, "T M"]:
+    """As `routing.thin`."""
+    made: Tensor = thin_op(x, weight)
     return made
