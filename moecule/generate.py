@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformers import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
 from moecule.data import check_text, check_tokens
@@ -33,6 +34,9 @@ class Generated:
     device: str
 
 
+# CUDA graphs, as transformers would; and small kernels of one step, such as every layer's count of
+# the cached tokens, run as one
+COMPILE = CompileConfig(mode=None, options={"triton.cudagraphs": True, "combo_kernels": True})
 WARM = 4  # tokens after which a step is compiled and captured
 
 
@@ -120,7 +124,7 @@ def generate(
     how |= {**inputs, "max_new_tokens": tokens, "pad_token_id": pad}
     with torch.no_grad():
         if compiled:
-            how["cache_implementation"] = "static"
+            how |= {"cache_implementation": "static", "compile_config": COMPILE}
             loaded.generate(**how, stopping_criteria=[_After(inputs["input_ids"].shape[1] + WARM)])
             torch.manual_seed(seed)
         out = loaded.generate(**how, streamer=pieces)

@@ -22,7 +22,8 @@ LOWEST = tl.constexpr(-3.0e38)  # what was not taken yet is not below it
 @triton.jit
 @no_type_check
 def _pick_kernel(
-    x_ptr, value_ptr, index_ptr, n, k: tl.constexpr, most: tl.constexpr, chain: tl.constexpr
+    x_ptr, value_ptr, index_ptr, n, k: tl.constexpr, most: tl.constexpr, width: tl.constexpr,
+    chain: tl.constexpr,
 ):  # fmt: skip
     """Program (token)."""
     if chain:
@@ -30,12 +31,15 @@ def _pick_kernel(
     token, i = tl.program_id(0).to(tl.int64), tl.arange(0, most)
     x = tl.load(x_ptr + token * n + i, mask=i < n, other=0.0).to(tl.float32)
     left = tl.where(i < n, tl.maximum(x, LOWEST), float("-inf"))
-    for place in tl.static_range(k):
+    place = tl.arange(0, width)
+    chosen = tl.zeros((width,), tl.int32)
+    for turn in tl.static_range(k):
         _, at = tl.max(left, 0, return_indices=True)
-        value = tl.sum(tl.where(i == at, x, 0.0))
-        tl.store(value_ptr + token * k + place, value.to(value_ptr.dtype.element_ty))
-        tl.store(index_ptr + token * k + place, at.to(tl.int64))
+        chosen = tl.where(place == turn, at, chosen)
         left = tl.where(i == at, float("-inf"), left)
+    out = token * k + place
+    tl.store(index_ptr + out, chosen.to(tl.int64), mask=place < k)
+    tl.store(value_ptr + out, tl.load(x_ptr + token * n + chosen), mask=place < k)
 
 
 @triton.jit
@@ -72,7 +76,7 @@ def picked(x: Float[Tensor, "T N"], k: int) -> tuple[Float[Tensor, "T {k}"], Int
     with launching(x):
         _pick_kernel[(len(x),)](
             x, values, where, x.shape[1], k=k, most=triton.next_power_of_2(x.shape[1]),
-            num_warps=1, **chained(x),
+            width=triton.next_power_of_2(k), num_warps=1, **chained(x),
         )  # fmt: skip
     return values, where
 
