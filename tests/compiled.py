@@ -99,8 +99,9 @@ def report(
     file = built(kernel, kinds, fixed, warps, registers)
     usage = re.search(r"REG:(\d+) STACK:(\d+)", said("cuobjdump", "-res-usage", str(file)))
     assert usage is not None  # the tool says so of every kernel
-    found = []
-    for body in loops(said("nvdisasm", "-c", str(file))):
+    listing = said("nvdisasm", "-c", str(file))
+    found, before = [], listing.split("ACQBULK")[0] if "ACQBULK" in listing else ""
+    for body in loops(listing):
         dots = sum(n for name, n in body.items() if name.startswith("IDP.4A"))
         copies = sum(n for name, n in body.items() if name.startswith("LDGSTS"))
         if dots or step and copies:
@@ -110,18 +111,23 @@ def report(
                 "stores": sum(n for s, n in body.items() if s.startswith(("STS", "STL"))),
                 "matrix_products": sum(n for s, n in body.items() if s.startswith(("HGMMA", "IGMMA"))),
             })  # fmt: skip
-    return {"registers": int(usage[1]), "stack": int(usage[2]), "loops": found}
+    early = len(re.findall(r"LDG", before))  # loads before the kernel's turn
+    return {"registers": int(usage[1]), "stack": int(usage[2]), "loops": found, "early": early}
 
 
 if __name__ == "__main__":
     layer = {"group": 128, "aligned": True}
     few = {"parts": 3, "leads": 2, "exact": False, "single": False, "early": 0, "chain": True}
+    held = few | {"gated": True, "to_parts": 3, "stages": 1, "hold": True, "rows": 64, "words": 128}
+    few["hold"] = False
     up = few | {"rows": 64, "words": 64, "most": 128, "gated": True, "to_parts": 3, "stages": 2}
     down = few | {"rows": 8, "words": 512, "most": 512, "gated": False, "to_parts": 0, "stages": 1}
     out = {
         name: report(gemv._product_kernel, POINTERS, cut | layer, 4, gemv.REGISTERS)
         for name, cut in (("up", up), ("down", down))
     }
+    cut = held | layer | {"most": 64}
+    out["held"] = report(gemv._product_kernel, POINTERS, cut, 8, gemv.REGISTERS)
     many = {"widths": 1 << 3, "n": 4, "ahead": grouped.AHEAD, **layer}
     for tokens, (rows, warps, _) in grouped.CUTS.items():
         weights = rows * 32 * many["n"] / (32 * warps)

@@ -365,6 +365,8 @@ def test_nothing_spills_on_an_h100():
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
     assert all(kernel["stack"] < 64 for kernel in found.values())
+    held = found.pop("held")
+    assert held["registers"] <= 128 and held["early"] >= 32
     for name in ("up", "down"):
         few = found.pop(name)
         assert few["registers"] <= 128  # 16 warps on a multiprocessor

@@ -99,64 +99,102 @@ def _exact_sums(q, x_ptr, word, inside, columns, b: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def _read(
+    codes, scale, zero, row, there, start, columns, blocks, bits, low,
+    b: tl.constexpr, group: tl.constexpr, words: tl.constexpr, leads: tl.constexpr,
+):  # fmt: skip
+    """[rows, words] of a part of b bits from word `start` on; scale and zero, [rows, those that differ].
+
+    low: the sum of the wider parts, that many bits below this one; the first brings the zeros. leads:
+    whether this part may be the first.
+    """
+    together: tl.constexpr = 4 if b == 8 else b  # words that share an activation's scale
+    wide: tl.constexpr = 32 * together // b
+    reach: tl.constexpr = 128 // b if 128 // b < group else group  # columns under one scale
+    each: tl.constexpr = reach // wide if reach > wide else 1
+    word = start + tl.arange(0, words)
+    inside = word < blocks * b
+    first_word = row * (blocks * bits) + low * blocks
+    q = tl.load(
+        codes + (first_word[:, None] + word[None, :]),
+        mask=there[:, None] & inside[None, :], other=0,
+    )  # fmt: skip
+    i = tl.arange(0, words // together // each)
+    column = (start + i * (together * each)) * (32 // b)
+    which = there[:, None] & (column < columns)[None, :]
+    g = (row * ((columns + group - 1) // group))[:, None] + (column // group)[None, :]
+    z = tl.zeros(which.shape, tl.float32)
+    if leads:
+        z = _half(zero + g, which & (bits > 1) & (low == 0))
+        if b == 1:  # of one bit all zeros are 1/2
+            z = tl.where(bits == 1, 0.5, z)
+    return q, _half(scale + g, which), z
+
+
+@triton.jit
+@no_type_check
+def _multiplied(
+    q, scale, zero, start, x8, d_ptr, s_ptr, x_ptr, columns, blocks,
+    b: tl.constexpr, exact: tl.constexpr, leads: tl.constexpr,
+):  # fmt: skip
+    """[rows, scales of a row]: products with what `_read` gave."""
+    rows: tl.constexpr = q.shape[0]
+    words: tl.constexpr = q.shape[1]
+    parts: tl.constexpr = scale.shape[1]
+    together: tl.constexpr = 4 if b == 8 else b
+    n: tl.constexpr = words // together
+    word = start + tl.arange(0, words)
+    inside = word < blocks * b
+    if exact:
+        sums, given = _exact_sums(q, x_ptr, word, inside, columns, b)
+        y = tl.sum(tl.reshape(sums, (rows, n, together)), 2)
+        x_sum = tl.sum(tl.reshape(given, (n, together)), 1)
+    else:
+        counts = tl.zeros((rows, words), tl.int32)
+        for j in tl.static_range(8 // b):
+            x = tl.load(x8 + (j * (blocks * b) + word), mask=inside, other=0)
+            x = tl.broadcast_to(x[None, :], (rows, words))
+            counts = _dp4a(_every_byte(q, j, b), x, counts)
+        # of every sum its block; of b = 8 two sums are of one
+        i = tl.arange(0, n) if together == b else tl.arange(0, n) // (b // together)
+        block = start // b + i
+        near = block < blocks
+        d = tl.load(d_ptr + block, mask=near, other=0.0)
+        y = tl.sum(tl.reshape(counts, (rows, n, together)), 2).to(tl.float32) * d[None, :]
+        x_sum = tl.zeros((n,), tl.float32)
+        if leads:
+            if together < b:  # half a block's
+                near = near & (tl.arange(0, n) % (b // together) == 0)
+            x_sum = tl.load(s_ptr + block, mask=near, other=0.0)
+    y = tl.sum(tl.reshape(y, (rows, parts, n // parts)), 2)
+    if leads:
+        y -= zero * tl.sum(tl.reshape(x_sum, (parts, n // parts)), 1)[None, :]
+    return scale * y
+
+
+@triton.jit
+@no_type_check
 def _part(
     codes, scale, zero, row, there, x8, d_ptr, s_ptr, x_ptr, columns, blocks, bits, low,
     b: tl.constexpr, group: tl.constexpr, words: tl.constexpr, exact: tl.constexpr,
     leads: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
-    """[rows]: the products with one part of b bits.
-
-    low: the sum of the wider parts, that many bits below this one; the first brings the zeros. leads:
-    whether this part may be the first.
-    """
+    """[rows]: the products with one part of b bits."""
     rows: tl.constexpr = row.shape[0]
-    together: tl.constexpr = 4 if b == 8 else b  # words that share an activation's scale
+    together: tl.constexpr = 4 if b == 8 else b
+    reach: tl.constexpr = 128 // b if 128 // b < group else group
     wide: tl.constexpr = 32 * together // b
-    reach: tl.constexpr = 128 // b if 128 // b < group else group  # columns under one scale
     each: tl.constexpr = reach // wide if reach > wide else 1
-    n: tl.constexpr = words // together
-    total = tl.zeros((rows, n // each), tl.float32)
-    first_word = row * (blocks * bits) + low * blocks
-    first_group = row * ((columns + group - 1) // group)
+    total = tl.zeros((rows, words // together // each), tl.float32)
     for start in tl.range(0, blocks * b, words, num_stages=stages):
-        word = start + tl.arange(0, words)
-        inside = word < blocks * b
-        q = tl.load(
-            codes + (first_word[:, None] + word[None, :]),
-            mask=there[:, None] & inside[None, :], other=0,
+        q, s, z = _read(
+            codes, scale, zero, row, there, start, columns, blocks, bits, low, b, group, words,
+            leads,
         )  # fmt: skip
-        if exact:
-            sums, given = _exact_sums(q, x_ptr, word, inside, columns, b)
-            y = tl.sum(tl.reshape(sums, (rows, n, together)), 2)
-            x_sum = tl.sum(tl.reshape(given, (n, together)), 1)
-        else:
-            counts = tl.zeros((rows, words), tl.int32)
-            for j in tl.static_range(8 // b):
-                x = tl.load(x8 + (j * (blocks * b) + word), mask=inside, other=0)
-                x = tl.broadcast_to(x[None, :], (rows, words))
-                counts = _dp4a(_every_byte(q, j, b), x, counts)
-            # of every sum its block; of b = 8 two sums are of one
-            i = tl.arange(0, n) if together == b else tl.arange(0, n) // (b // together)
-            block = start // b + i
-            near = block < blocks
-            d = tl.load(d_ptr + block, mask=near, other=0.0)
-            y = tl.sum(tl.reshape(counts, (rows, n, together)), 2).to(tl.float32) * d[None, :]
-            x_sum = tl.zeros((n,), tl.float32)
-            if leads:
-                if together < b:  # half a block's
-                    near = near & (tl.arange(0, n) % (b // together) == 0)
-                x_sum = tl.load(s_ptr + block, mask=near, other=0.0)
-        y = tl.sum(tl.reshape(y, (rows, n // each, each)), 2)
-        column = (start + tl.arange(0, n // each) * (together * each)) * (32 // b)
-        which = there[:, None] & (column < columns)[None, :]
-        g = first_group[:, None] + (column // group)[None, :]
-        if leads:
-            z = _half(zero + g, which & (bits > 1) & (low == 0))
-            if b == 1:  # of one bit all zeros are 1/2
-                z = tl.where(bits == 1, 0.5, z)
-            y -= z * tl.sum(tl.reshape(x_sum, (n // each, each)), 1)[None, :]
-        total += _half(scale + g, which) * y
-    return tl.sum(total, 1) * tl.exp2(low.to(tl.float32))
+        total += _multiplied(
+            q, s, z, start, x8, d_ptr, s_ptr, x_ptr, columns, blocks, b, exact, leads
+        )
+    return tl.sum(total, 1)
 
 
 @triton.jit
@@ -183,13 +221,14 @@ def _product_kernel(
     parts: tl.constexpr, leads: tl.constexpr, group: tl.constexpr, rows: tl.constexpr,
     words: tl.constexpr, most: tl.constexpr, exact: tl.constexpr, aligned: tl.constexpr,
     single: tl.constexpr, gated: tl.constexpr, to_parts: tl.constexpr, stages: tl.constexpr,
-    early: tl.constexpr, chain: tl.constexpr,
+    early: tl.constexpr, hold: tl.constexpr, chain: tl.constexpr,
 ):  # fmt: skip
     """Program (rows, pair).
 
     gated: half of the rows are the gate's. to_parts, to_blocks: of what the result is rounded for; 0:
     it is not. single: there is one matrix. early: lines of a row that the cache is asked for while the
-    kernel before still runs; which expert a pair has was known before that one.
+    kernel before still runs; which expert a pair has was known before that one. hold: whole rows are
+    read while it runs.
     """
     pair, r = tl.program_id(1), tl.arange(0, rows)
     if gated:
@@ -212,6 +251,17 @@ def _product_kernel(
     bits = bits.to(tl.int32)
     if early > 0:
         _ask_for(codes + row * (blocks * bits), there, blocks * bits, early)
+    held = ()
+    if hold:
+        for i in tl.static_range(4):
+            if parts & (8 >> i):
+                held = held + _read(
+                    codes, scale, zero, row, there & ((bits & (8 >> i)) > 0), 0, columns, blocks,
+                    bits, bits & (16 - (16 >> i)), 8 >> i, group, min(words, most * (8 >> i)),
+                    (leads & (8 >> i)) > 0,
+                )  # fmt: skip
+            else:
+                held = held + (bits, bits, bits)
     if chain:
         take_turn()
     at = (pair // share).to(tl.int64)
@@ -220,11 +270,23 @@ def _product_kernel(
     for i in tl.static_range(4):
         if parts & (8 >> i):
             if bits & (8 >> i):
-                y += _part(
-                    codes, scale, zero, row, there, x8 + (3 - i) * (blocks * 8), d, s,
-                    x_ptr + at * columns, columns, blocks, bits, bits & (16 - (16 >> i)), 8 >> i,
-                    group, min(words, most * (8 >> i)), exact, (leads & (8 >> i)) > 0, stages,
-                )  # fmt: skip
+                low = bits & (16 - (16 >> i))
+                if hold:
+                    more = tl.sum(
+                        _multiplied(
+                            held[3 * i], held[3 * i + 1], held[3 * i + 2], 0,
+                            x8 + (3 - i) * (blocks * 8), d, s, x_ptr + at * columns, columns,
+                            blocks, 8 >> i, exact, (leads & (8 >> i)) > 0,
+                        ),
+                        1,
+                    )  # fmt: skip
+                else:
+                    more = _part(
+                        codes, scale, zero, row, there, x8 + (3 - i) * (blocks * 8), d, s,
+                        x_ptr + at * columns, columns, blocks, bits, low, 8 >> i, group,
+                        min(words, most * (8 >> i)), exact, (leads & (8 >> i)) > 0, stages,
+                    )  # fmt: skip
+                y += more * tl.exp2(low.to(tl.float32))
     to = pair.to(tl.int64)
     if gated:
         gate, up = tl.split(tl.permute(tl.reshape(y, (2, half)), (1, 0)))
@@ -254,6 +316,7 @@ class Tiling:
 
 
 REGISTERS = 128  # a thread's: 16 warps on a multiprocessor
+HELD = 64  # of them, for codes read before a kernel's turn
 WARPS = 4096  # that fill a GPU twice
 
 
@@ -327,14 +390,18 @@ def _launch(
     exact = isinstance(x, Tensor)
     places = (x.contiguous(),) * 4 if isinstance(x, Tensor) else (x.x8, x.d, x.s, x.d)
     out = (y, y, y) if to is None else (to.x8.view(torch.int8), to.d, to.s)
+    most = triton.next_power_of_2(of.blocks)
     lines = triton.next_power_of_2(triton.cdiv(of.blocks * max(of.widths), 32))
+    words = sum(min(cut.words, most * b) for b in (8, 4, 2, 1) if of.parts & b)
+    whole = all(cut.words >= of.blocks * b for b in (8, 4, 2, 1) if of.parts & b)
+    hold = whole and words * cut.rows <= HELD * 32 * cut.warps
     with launching(of.table):
         _product_kernel[grid](
             *places, of.table, of.table if idx is None else idx, y, *out,
             of.rows, of.columns, of.blocks, len(of), share, 0 if down is None else down.blocks,
             parts=of.parts, leads=of.leads, group=of.group, rows=cut.rows, words=cut.words,
-            most=triton.next_power_of_2(of.blocks), exact=exact, aligned=of.aligned,
+            most=most, exact=exact, aligned=of.aligned,
             single=idx is None, gated=gated, to_parts=0 if down is None else down.parts,
-            stages=cut.stages, early=lines if cut.early else 0, num_warps=cut.warps,
+            stages=cut.stages, early=lines if cut.early and not hold else 0, hold=hold, num_warps=cut.warps,
             maxnreg=REGISTERS, **chained(y),
         )  # fmt: skip
