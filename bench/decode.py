@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--only", nargs="+", default=WHAT, choices=WHAT)
     parser.add_argument("--cache", nargs="+", type=float, metavar="SHARE")
-    parser.add_argument("--skew", type=float, default=0.5)
+    parser.add_argument("--skew", type=float, default=0.3)
     parser.add_argument("-o", "--out", type=Path)
     args = parser.parse_args()
     rate = read_rate()
