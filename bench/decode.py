@@ -89,10 +89,10 @@ def bytes_needed(model: Any) -> float:
 
 @torch.no_grad()
 def captured(
-    model: Any, prompt: torch.Tensor, token: torch.Tensor
+    model: Any, prompt: torch.Tensor, token: torch.Tensor, steps: int
 ) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """(a step after the prompt, what it needs to live), for whatever `token` [1, 1] holds."""
-    cache = StaticCache(config=model.config, max_cache_len=PROMPT + 3 + STEPS + 25)
+    """(a step after the prompt, what it needs to live), for what `token` [1, 1] holds, `steps` times."""
+    cache = StaticCache(config=model.config, max_cache_len=PROMPT + 3 + steps + 25)
     model(prompt, past_key_values=cache, use_cache=True)
     compiled = torch.compile(model, fullgraph=True, dynamic=False)
     position = torch.full((1, 1), PROMPT, device="cuda")
@@ -118,7 +118,7 @@ def captured(
 
 def step_seconds(model: Any, prompt: torch.Tensor) -> float:
     """Of a replayed step after the prompt."""
-    graph, _kept = captured(model, prompt, prompt[:, :1].clone())
+    graph, _kept = captured(model, prompt, prompt[:, :1].clone(), STEPS)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     for _ in range(STEPS):
@@ -159,7 +159,7 @@ def moving_seconds(
 ) -> tuple[float, float]:
     """(of a step with another token each, share of uses that the most used quarter of experts has)."""
     token = prompt[:, :1].clone()
-    graph, _kept = captured(model, prompt, token)
+    graph, _kept = captured(model, prompt, token, SETTLE + STEPS)
     tokens = torch.randint(0, 30000, (SETTLE + STEPS, 1, 1), device="cuda")
 
     def run(some: torch.Tensor) -> None:
