@@ -10,6 +10,13 @@ layer of 4, groups of 128, embeddings in bf16. After a prompt of 128 tokens:
 - generate: transformers' own `generate` with a static cache, which compiles by itself, all that it
   does for a token included.
 
+--cache 1 0.5 0.25 0: instead, the rounded step with experts in pinned host memory and that share of
+their bytes cached on the device, beside all on the device; a random token a step, the cache looking every
+16 steps, which is timed too. So that some experts are used more than others, rows of every router are
+scaled by rank^-SKEW (--skew); printed are the share of uses that a layer's most used quarter of experts
+has, the share served from the cache, and the floor: bytes of what is on the device at its rate, and of
+what is not at the rate at which pinned memory is copied to it.
+
 The floor is the bytes that a token needs, all that is stored but other tokens' embeddings and the experts
 not hit, at the rate at which this GPU reads a large tensor in the run.
 """
@@ -28,11 +35,14 @@ from transformers import StaticCache
 from bench.full_size import SHAPES, meta_model
 from bench.kernels import fill, read_rate
 from moecule import runtime
+from moecule.family import load_family
 from moecule.generate import COMPILE
 from moecule.measure import device_name
-from moecule.moe import experts_in
+from moecule.moe import experts_in, find_layers, find_moe
+from moecule.offload import Offloaded, offload
 
 GROUP, PROMPT, NEW, STEPS = 128, 128, 128, 100
+SETTLE = 320  # steps in which the cache learns what is used
 WHAT = ("int8", "exact", "generate")
 
 
@@ -79,13 +89,14 @@ def bytes_needed(model: Any) -> float:
 
 
 @torch.no_grad()
-def step_seconds(model: Any, prompt: torch.Tensor) -> float:
-    """Of a replayed step after the prompt."""
-    cache = StaticCache(config=model.config, max_cache_len=PROMPT + 3 + STEPS + 25)
+def captured(
+    model: Any, prompt: torch.Tensor, token: torch.Tensor, steps: int
+) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """(a step after the prompt, what it needs to live), for what `token` [1, 1] holds, `steps` times."""
+    cache = StaticCache(config=model.config, max_cache_len=PROMPT + 3 + steps + 25)
     model(prompt, past_key_values=cache, use_cache=True)
     options = COMPILE.options | {"triton.cudagraphs": False}  # captured here, as one
     compiled = torch.compile(model, fullgraph=True, dynamic=False, options=options)
-    token = prompt[:, :1].clone()
     position = torch.full((1, 1), PROMPT, device="cuda")
 
     def step() -> torch.Tensor:
@@ -104,6 +115,12 @@ def step_seconds(model: Any, prompt: torch.Tensor) -> float:
         logits = step()
     graph.replay()
     assert torch.isfinite(logits).all()
+    return graph, (cache, position, logits, compiled)
+
+
+def step_seconds(model: Any, prompt: torch.Tensor) -> float:
+    """Of a replayed step after the prompt."""
+    graph, _kept = captured(model, prompt, prompt[:, :1].clone(), STEPS)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     for _ in range(STEPS):
@@ -111,6 +128,90 @@ def step_seconds(model: Any, prompt: torch.Tensor) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3 / STEPS
+
+
+def skewed(model: Any, skew: float) -> None:
+    """Routers that prefer some experts, others in every layer."""
+    family, draw = load_family(model.config.model_type), torch.Generator().manual_seed(0)
+    for layer in find_layers(model)[1]:
+        moe = find_moe(layer, family)
+        assert moe is not None  # both shapes have them in every layer
+        n = moe.experts.num_experts
+        scale = (1.0 + torch.randperm(n, generator=draw)) ** -skew
+        moe.router.weight.data *= scale[:, None].to(moe.router.weight)
+
+
+def host_rate() -> float:
+    """Bytes a second, copied from pinned memory."""
+    there = torch.ones(2**28, pin_memory=True)
+    here = torch.empty_like(there, device="cuda", pin_memory=False)
+    times = []
+    for _ in range(5):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        here.copy_(there, non_blocking=True)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return there.nbytes / sorted(times)[2]
+
+
+def moving_seconds(
+    model: Any, prompt: torch.Tensor, cache: Offloaded | None
+) -> tuple[float, float]:
+    """(of a step with another token each, share of uses that the most used quarter of experts has)."""
+    token = prompt[:, :1].clone()
+    graph, _kept = captured(model, prompt, token, SETTLE + STEPS)
+    tokens = torch.randint(0, 30000, (SETTLE + STEPS, 1, 1), device="cuda")
+
+    def run(some: torch.Tensor) -> None:
+        for one in some:
+            token.copy_(one)
+            graph.replay()
+            if cache is not None:
+                cache.step()
+
+    quarter = 0.0
+    run(tokens[:SETTLE])
+    if cache is not None:
+        heat = cache.heat.view(len(cache.uses), -1).sort(1, descending=True).values
+        quarter = float(heat[:, : heat.shape[1] // 4].sum() / heat.sum())
+        cache.forget()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run(tokens[SETTLE:])
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / STEPS, quarter
+
+
+def cached(name: str, args: argparse.Namespace, rate: float) -> list[dict[str, Any]]:
+    """Rows of a model: all on the device, then for each share of the experts that the cache holds."""
+    model = random_model(name, args.layers)
+    skewed(model, args.skew)
+    prompt = torch.randint(0, 30000, (1, PROMPT), device="cuda")
+    of_experts = sum(t.nbytes for _, m in experts_in(model) for t in m.buffers())
+    text = model.config.get_text_config()
+    hit = of_experts * text.num_experts_per_tok / experts_in(model)[0][1].num_experts
+    always, bus = bytes_needed(model) - hit, host_rate()
+    rows = []
+    for share in [None, *args.cache]:
+        torch._dynamo.reset()
+        made = None
+        if share is not None:  # a little more than the experts, which are padded
+            room = int(share * of_experts * 1.001) + 2**20 if share else 0
+            made = offload(model, torch.device("cuda"), room)
+        seconds, quarter = moving_seconds(model, prompt, made)
+        held = None if made is None else made.held()
+        served = 1.0 if held is None else held.share
+        floor = (always + served * hit) / rate + (1 - served) * hit / bus
+        row = {"shape": name, "layers": text.num_hidden_layers, "cache": share}
+        row |= {"tok_s": 1 / seconds, "floor_tok_s": 1 / floor, "served": served}
+        row |= {"hottest_quarter": quarter, "bus_bytes_s": bus, "experts_bytes": of_experts}
+        row["allocated_bytes"] = torch.cuda.memory_allocated()
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+        del made
+    return rows
 
 
 @torch.no_grad()
@@ -168,11 +269,41 @@ def main() -> None:
     parser.add_argument("shapes", nargs="*", default=["mixtral-8x7b", "qwen3-30b-a3b"])
     parser.add_argument("--layers", type=int)
     parser.add_argument("--only", nargs="+", default=WHAT, choices=WHAT)
+    parser.add_argument("--cache", nargs="+", type=float, metavar="SHARE")
+    parser.add_argument("--skew", type=float, default=0.3)
     parser.add_argument("-o", "--out", type=Path)
     args = parser.parse_args()
     rate = read_rate()
     print(f"{device_name(torch.device('cuda'))}, reads {rate / 1e12:.2f} TB/s", flush=True)
-    rows = [measured(name, args, rate) for name in args.shapes]
+    if args.cache:
+        rows = [row for name in args.shapes for row in cached(name, args, rate)]
+        show_cached(rows)
+    else:
+        rows = [measured(name, args, rate) for name in args.shapes]
+        show(rows)
+    if args.out:
+        args.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def show_cached(rows: list[dict[str, Any]]) -> None:
+    """The table."""
+    print(
+        "| | layers | cached | served | hottest quarter | floor, tok/s | step, int8 | allocated, GB |"
+    )
+    print("|---|--:|--:|--:|--:|--:|--:|--:|")
+    for r in rows:
+        there = "all on the device" if r["cache"] is None else f"{100 * r['cache']:.0f} %"
+        shares = [
+            f"{100 * r[k]:.1f} %" if r["cache"] is not None else ""
+            for k in ("served", "hottest_quarter")
+        ]
+        speeds = [f"{r[k]:.1f}" for k in ("floor_tok_s", "tok_s")]
+        cells = [r["shape"], str(r["layers"]), there, *shares, *speeds]
+        print("| " + " | ".join([*cells, f"{r['allocated_bytes'] / 1e9:.2f}"]) + " |", flush=True)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """The table."""
     print("| | floor, tok/s | step, int8 | step, exact | generate | stored, GB | allocated, GB |")
     print("|---|--:|--:|--:|--:|--:|--:|")
     for r in rows:
@@ -182,8 +313,6 @@ def main() -> None:
         ]
         sizes = [f"{r[k] / 1e9:.2f}" for k in ("stored_bytes", "after_prompt_bytes")]
         print("| " + " | ".join([r["shape"], *speeds, *sizes]) + " |", flush=True)
-    if args.out:
-        args.out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

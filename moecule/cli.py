@@ -308,11 +308,18 @@ def generate(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile a step into a CUDA graph first.")
     ] = False,
+    expert_cache: Annotated[
+        str | None,
+        typer.Option(
+            help="Experts in host memory, so many bytes of the GPU for those used most: 8GB."
+        ),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust: Trust = False,
 ) -> None:
     """Print text as the model makes it, and tokens a second."""
+    from moecule.budget import format_size
     from moecule.generate import generate as run
 
     def write(piece: str) -> None:
@@ -328,11 +335,17 @@ def generate(
         skip=skip,
         exact=exact,
         compiled=compiled,
+        expert_cache=expert_cache,
         compute=_compute(device, dtype, trust),
         say=write,
     )
     ran = f", {100 * made.experts_run:.1f} % of the experts run" if skip else ""
     line = f"\n{made.tokens} tokens, {made.tokens_per_s:.1f} a second on {made.device}{ran}"
+    if made.cache is not None:
+        line += (
+            f", {100 * made.cache.share:.1f} % of the experts' uses from the expert cache "
+            f"({format_size(made.cache.device_bytes)} of {format_size(made.cache.host_bytes)})"
+        )
     err_console.print(line, soft_wrap=True)
 
 

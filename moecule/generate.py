@@ -16,9 +16,12 @@ from torch import Tensor
 from transformers import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
+from moecule.budget import parse_size
 from moecule.data import check_text, check_tokens
 from moecule.errors import DataError, RecipeError
+from moecule.hf import PACKED
 from moecule.measure import device_name
+from moecule.offload import Held, Offloaded, offloaded
 from moecule.online import experts_run
 from moecule.session import Compute, load, open_checkpoint, tokenizer_of
 
@@ -32,6 +35,7 @@ class Generated:
     tokens_per_s: float  # after the prompt
     experts_run: float  # share of (token, expert) pairs
     device: str
+    cache: Held | None = None  # of experts, after the prompt
 
 
 # CUDA graphs, as transformers would; and small kernels of one step, such as every layer's count of
@@ -48,6 +52,22 @@ class _After:
 
     def __call__(self, ids: Int[Tensor, "B S"], scores: Any, **kwargs: Any) -> Tensor:
         return torch.full((len(ids),), ids.shape[1] >= self.length, device=ids.device)
+
+
+@dataclass(frozen=True)
+class _Looking:
+    """Stops at nothing; has the expert cache look at what was used, outside of what is compiled."""
+
+    cache: Offloaded
+    prompt_tokens: int
+
+    def __call__(self, ids: Int[Tensor, "B S"], scores: Any, **kwargs: Any) -> Tensor:
+        if ids.shape[1] == self.prompt_tokens + 1:  # what the prompt used is a beginning
+            self.cache.refresh()
+            self.cache.forget()
+        else:
+            self.cache.step()
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
 
 class _Pieces(BaseStreamer):  # type: ignore[misc]
@@ -86,35 +106,31 @@ def generate(
     skip: bool = False,
     exact: bool = False,
     compiled: bool = False,
+    expert_cache: str | int | None = None,
     compute: Compute | None = None,
     say: Callable[[str], None] = lambda piece: None,
 ) -> Generated:
     """Up to `tokens` new tokens; `say` gets them as they come. The chat template is used if there is one.
 
     `exact`: as in `runtime.set_exact`. `compiled`: before the first one, transformers compiles a token's
-    step, with a KV cache of fixed size; that takes a minute or two for large models. Temperature 0
-    takes the likeliest token. Raises DataError for a prompt that is empty or too long, RecipeError for
-    settings that cannot be.
+    step, with a KV cache of fixed size; that takes a minute or two for large models. `expert_cache`:
+    experts stay in host memory, and so many bytes of the GPU ("8GB") hold those used most, for compressed
+    models that do not fit. Temperature 0 takes the likeliest token. Raises DataError for a prompt that is
+    empty or too long, RecipeError for settings that cannot be.
     """
     _check(prompt, tokens, temperature, seed)
     compute = compute or Compute()
     if compiled and compute.torch_device().type != "cuda":
         raise RecipeError("--compile captures CUDA graphs, which needs a GPU; leave it out")
     path = open_checkpoint(model).path
+    cache_bytes = None if expert_cache is None else _cache_bytes(expert_cache, model, compute)
     tokenizer = tokenizer_of(path)
-    loaded = load(model, compute, skip=skip, exact=exact)
-    if tokenizer.chat_template:
-        chat = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    inputs = {
-        k: v for k, v in inputs.to(loaded.device).items() if k in ("input_ids", "attention_mask")
-    }
+    loaded = load(model, compute, skip=skip, exact=exact, cache_bytes=cache_bytes)
+    inputs = _inputs(tokenizer, prompt, loaded.device)
+    length, cache = inputs["input_ids"].shape[1], offloaded(loaded)
+    looking = [] if cache is None else [_Looking(cache, length)]
     tokens = min(tokens, _room(inputs["input_ids"], loaded.config))
-    pieces = _Pieces(tokenizer, inputs["input_ids"].shape[1], say)
+    pieces = _Pieces(tokenizer, length, say)
     torch.manual_seed(seed)
     how: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
@@ -125,14 +141,39 @@ def generate(
     with torch.no_grad():
         if compiled:
             how |= {"cache_implementation": "static", "compile_config": COMPILE}
-            loaded.generate(**how, stopping_criteria=[_After(inputs["input_ids"].shape[1] + WARM)])
+            loaded.generate(**how, stopping_criteria=[*looking, _After(length + WARM)])
             torch.manual_seed(seed)
-        out = loaded.generate(**how, streamer=pieces)
+        out = loaded.generate(**how, streamer=pieces, stopping_criteria=looking)
     seconds = time.perf_counter() - pieces.first
-    new = out[0, inputs["input_ids"].shape[1] :]
+    new = out[0, length:]
     rate = (len(new) - 1) / seconds if len(new) > 1 else 0.0
     text = tokenizer.decode(new, skip_special_tokens=True)
-    return Generated(text, len(new), rate, experts_run(loaded), device_name(loaded.device))
+    held = None if cache is None else cache.held()
+    return Generated(text, len(new), rate, experts_run(loaded), device_name(loaded.device), held)
+
+
+def _cache_bytes(expert_cache: str | int, model: str | Path, compute: Compute) -> int:
+    """Refused before a model is loaded."""
+    size = parse_size(expert_cache)
+    if compute.torch_device().type != "cuda":
+        raise RecipeError("--expert-cache is of a GPU's memory, and there is none; leave it out")
+    if open_checkpoint(model).config["model_type"] != PACKED:
+        raise RecipeError(
+            f"{model} is not compressed, and --expert-cache holds packed experts; compress it, or "
+            "leave it out"
+        )
+    return size
+
+
+def _inputs(tokenizer: Any, prompt: str, device: torch.device) -> dict[str, Tensor]:
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    return {k: v for k, v in inputs.to(device).items() if k in ("input_ids", "attention_mask")}
 
 
 def _check(prompt: str, tokens: int, temperature: float, seed: int) -> None:

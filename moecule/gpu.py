@@ -40,6 +40,15 @@ def experts_there(module: Any) -> tuple[Matrices, Matrices] | None:
     return found
 
 
+def reached(module: Any, device: torch.device) -> tuple[Matrices, Matrices] | None:
+    """As `experts_there` from now on, for a device that reads the weights where they lie."""
+    place = _place_of_experts(module)
+    module.there = None if place is None else _experts_of(module, device)
+    module.place = place
+    there: tuple[Matrices, Matrices] | None = module.there
+    return there
+
+
 def _place_of_experts(module: Any) -> int | None:
     if "bits16" in module.packed:
         return None
@@ -47,10 +56,12 @@ def _place_of_experts(module: Any) -> int | None:
     return place
 
 
-def _experts_of(module: Any) -> tuple[Matrices, Matrices] | None:
+def _experts_of(
+    module: Any, device: torch.device | None = None
+) -> tuple[Matrices, Matrices] | None:
     stacks = [(module.packed[kind], row) for kind, row in module.slots]
     up, down = (
-        Matrices.of([packed_of(stack, name, row) for stack, row in stacks])
+        Matrices.of([packed_of(stack, name, row) for stack, row in stacks], device)
         for name in ("gate_up", "down")
     )
     return None if up is None or down is None else (up, down)
@@ -65,15 +76,26 @@ def experts_forward(
     coef: Float[Tensor, "T K"],
 ) -> Float[Tensor, "T H"]:
     """The forward of an experts module; pairs with no expert of its own, skipped, add nothing."""
+    if module.uses is not None:
+        pairs = idx.flatten()
+        module.uses.scatter_add_(0, pairs, torch.ones_like(pairs, dtype=torch.int32))
     each = idx.numel() / len(up)
     full = module.exact and hidden.dtype == torch.float32  # the matrix units take 16 bits
     if each <= (FEW_EXACT if module.exact and not full else FEW_PAIRS):
         how = _few
-    elif full or each >= MANY_PAIRS and up.rows * up.columns >= LARGE:
+    elif full or _is_far(module, each) or each >= MANY_PAIRS and up.rows * up.columns >= LARGE:
         how = _unpacked
     else:
         how = _grouped if module.exact else _grouped_int8
     return how(module, up, down, hidden, idx, coef)
+
+
+def _is_far(module: Any, each: float) -> bool:
+    """Whether weights may come over the bus, and more than once if not unpacked first.
+
+    Grouped products read them for every tile of tokens. What is compiled cannot wait for the GPU.
+    """
+    return module.uses is not None and each > FEW_PAIRS and not torch.compiler.is_compiling()
 
 
 def _grouped(

@@ -127,6 +127,7 @@ def prepare_experts(module: Any, keeps: Sequence[Keep]) -> None:
     module.slots = [(_kind(k), list(keeps[:e]).count(k)) for e, k in enumerate(keeps)]
     module.num_experts = n
     module.skip, module.exact = None, True
+    module.uses = None  # of each expert, where `offload` counts them
 
 
 def _kind(keep: Keep) -> str:

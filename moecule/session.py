@@ -29,6 +29,7 @@ from moecule.hf import (
 )
 from moecule.journal import HIDDEN, Journal, Trail
 from moecule.names import names_in_memory
+from moecule.offload import offload
 from moecule.ranks import SOLO, Ranks, join
 from moecule.runtime import PackedConfig, prepare_model, set_exact
 from moecule.states import Place, choose_place, free_host_bytes
@@ -197,12 +198,21 @@ def noting(trail: Trail, journal: Journal, of: str = "") -> Trail:
     return replace(trail, folder=folder, journal=journal, of=of)
 
 
-def load(model: str | Path, compute: Compute, *, skip: bool = False, exact: bool = True) -> Any:
+def load(
+    model: str | Path,
+    compute: Compute,
+    *,
+    skip: bool = False,
+    exact: bool = True,
+    cache_bytes: int | None = None,
+) -> Any:
     """A whole model, compressed or not, to run. `skip`: with the online skipping saved in it.
 
-    `exact`: as in `runtime.set_exact`.
+    `exact`: as in `runtime.set_exact`. `cache_bytes`: its experts stay on the host, as in
+    `offload.offload`.
 
-    Raises CheckpointError where it does not load, PlanError for skipping that it does not have.
+    Raises CheckpointError where it does not load, PlanError for skipping that it does not have,
+    RecipeError for a cache that cannot be.
     """
     checkpoint = open_checkpoint(model)
     if checkpoint.is_coded:
@@ -231,9 +241,13 @@ def load(model: str | Path, compute: Compute, *, skip: bool = False, exact: bool
     if checkpoint.config["model_type"] != PACKED:
         choose_experts(loaded)
     set_exact(loaded, exact)
-    if skip:
+    if cache_bytes is not None:
+        offload(loaded, device, cache_bytes)
+    else:
+        loaded.to(device)
+    if skip:  # what it counts lies where the model is
         online.set_skip(loaded, True)
-    return loaded.to(device).eval()
+    return loaded.eval()
 
 
 def memory_bytes(streamed: Streamed) -> int:

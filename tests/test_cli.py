@@ -32,7 +32,7 @@ OPTIONS = {
     "text trust-remote-code",
     "evaluate": "against device dtype json length skip states text trust-remote-code",
     "families": "json",
-    "generate": "compile device dtype exact seed skip temperature tokens trust-remote-code",
+    "generate": "compile device dtype exact expert-cache seed skip temperature tokens trust-remote-code",
     "inspect": "bits context device dtype fit json length recipe samples set size states time",
     "plan": "bits context fit out recipe set size",
 }

@@ -1,5 +1,7 @@
 """Whether torch.compile takes a decoding step whole: `python tests/traced.py FAMILY FOLDER` prints JSON.
 
+With `offloaded`: while experts come into a cache and go.
+
 The GPU's kernels run interpreted on the CPU, in a process of its own: with shapes checked at run time, as
 in tests, a step is more than the tracer can follow.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from torch._dynamo.utils import counters
 from transformers import StaticCache
 
 from moecule import forward, gpu, online, runtime
+from moecule.offload import offload
 from moecule.plan import Keep, Skip
 
 STEPS = 2
@@ -35,21 +39,24 @@ def noting(graph: torch.fx.GraphModule, examples: list[torch.Tensor]) -> Any:
 
 
 @torch.no_grad()
-def decode(model: torch.nn.Module, *, compiled: bool) -> torch.Tensor:
-    """Logits of every step after a prompt."""
+def decode(
+    model: torch.nn.Module, *, compiled: bool, between: Callable[[], object] = int
+) -> torch.Tensor:
+    """Logits of every step after a prompt. between: called before each."""
     cache = StaticCache(config=model.config, max_cache_len=8)
     prompt = tiny.tokens(1, shape=(1, 2))[0]
     logits = [model(prompt, past_key_values=cache, use_cache=True).logits[:, -1:]]
     step = torch.compile(model, backend=noting, fullgraph=True) if compiled else model
     for i in range(STEPS):
+        between()
         token, position = logits[-1].argmax(-1), torch.tensor([[2 + i]])
         out = step(token, past_key_values=cache, position_ids=position, use_cache=True)
         logits.append(out.logits)
     return torch.cat(logits)
 
 
-def main(name: str, folder: Path) -> None:
-    """Compress, load, decode twice."""
+def written(name: str, folder: Path) -> Any:
+    """A compressed model with online skipping, as it is loaded."""
     tiny.save(name, folder / "in", num_hidden_layers=1)
     streamed = tiny.stream(folder / "in")
     layers = tiny.moe_layers(streamed)
@@ -62,20 +69,56 @@ def main(name: str, folder: Path) -> None:
     )
     tiny.write(streamed, made, folder / "out", tiny.tokens(2))
     forward.GPU, forward._on_gpu = gpu, lambda x: True
-    model = tiny.load(folder / "out")
+    return tiny.load(folder / "out")
+
+
+def whole(model: Any) -> dict[str, Any]:
+    """Decode twice, with skipping."""
     runtime.set_exact(model, False)
     online.set_skip(model, True)
     plain, ran = decode(model, compiled=False), online.experts_run(model)
     online.set_skip(model, True)
     both = decode(model, compiled=True)
-    found = {
-        "off_by": float((both - plain).abs().max() / plain.abs().max()),
-        "graphs": counters["stats"]["unique_graphs"],
+    return {
+        "off_by": off_by(both, plain),
         "operators": sorted(operators),
         "run": [ran, online.experts_run(model)],
     }
-    print(json.dumps(found))
+
+
+def moving(model: Any) -> dict[str, Any]:
+    """Decode with all in the cache, then with little room and others in it at every step."""
+    runtime.set_exact(model, False)
+    made = offload(model, torch.device("cpu"), 10**9)
+    plain, pairs = decode(model, compiled=False), made.held() and made.pairs
+    made = offload(model, torch.device("cpu"), len(made.arena) // 3)
+    moved = 0
+
+    def look() -> None:
+        nonlocal moved
+        before = set(made.at)
+        made.heat[:] = 9
+        made.heat[list(before)] = 0
+        made.refresh()
+        made.arena[: min(made.at.values())] = 0xA5
+        moved += len(set(made.at) - before)
+
+    both = decode(model, compiled=True, between=look)
+    made.held()
+    return {"off_by": off_by(both, plain), "moved": moved, "pairs": [pairs, made.pairs]}
+
+
+def off_by(have: torch.Tensor, want: torch.Tensor) -> float:
+    """Of the largest."""
+    return float((have - want).abs().max() / want.abs().max())
+
+
+def main(name: str, folder: Path, *how: str) -> None:
+    """Compress, load, decode twice."""
+    model = written(name, folder)
+    found = moving(model) if how else whole(model)
+    print(json.dumps(found | {"graphs": counters["stats"]["unique_graphs"]}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])

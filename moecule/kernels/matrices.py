@@ -52,8 +52,11 @@ class Matrices:
     keeps: tuple[Tensor, ...] = ()  # what the table points into must outlive it
 
     @staticmethod
-    def of(weights: Sequence[Packed]) -> Matrices | None:
-        """None where the kernels do not serve them: groups that differ or are no power of 2."""
+    def of(weights: Sequence[Packed], device: torch.device | None = None) -> Matrices | None:
+        """None where the kernels do not serve them: groups that differ or are no power of 2.
+
+        device: of the table, where weights lie in pinned memory; else their own.
+        """
         first = weights[0]
         group = min(first.group, max(BLOCK, 1 << (first.columns - 1).bit_length()))
         alike = all((w.group, w.columns) == (first.group, first.columns) for w in weights)
@@ -64,7 +67,7 @@ class Matrices:
             zero = w.scale if w.zero is None else w.zero  # 1/2 is not stored, and not read
             table.append([*(t.data_ptr() for t in (w.codes, w.scale, zero)), w.bits])
             keeps += [w.codes, w.scale, zero]
-        at = torch.tensor(table, dtype=torch.int64, device=first.codes.device)
+        at = torch.tensor(table, dtype=torch.int64, device=device or first.codes.device)
         torch._dynamo.mark_static_address(at)  # CUDA graphs need not copy it before every step
         rows, columns = first.codes.shape[0], first.columns
         widths = tuple(sorted({w.bits for w in weights}))
