@@ -11,11 +11,11 @@ layer of 4, groups of 128, embeddings in bf16. After a prompt of 128 tokens:
   does for a token included.
 
 --cache 1 0.5 0.25 0: instead, the rounded step with experts in pinned host memory and that share of
-their bytes cached on the device, beside all on the device; a random token a step, the cache looking every
-16 steps, which is timed too. So that some experts are used more than others, rows of every router are
-scaled by rank^-SKEW (--skew); printed are the share of uses that a layer's most used quarter of experts
-has, the share served from the cache, and the floor: bytes of what is on the device at its rate, and of
-what is not at the rate at which pinned memory is copied to it.
+their bytes cached on the device, beside all on the device; the cache looks every 16 steps, which is timed
+too. Experts are drawn by lot, the r-th of a layer with a weight of r^-SKEW (--skew); printed are the share
+of uses that a layer's most used quarter of experts has, the share served from the cache, and the floor:
+bytes of what is on the device at its rate, and of what is not at the rate at which pinned memory is copied
+to it.
 
 The floor is the bytes that a token needs, all that is stored but other tokens' embeddings and the experts
 not hit, at the rate at which this GPU reads a large tensor in the run.
@@ -35,14 +35,14 @@ from transformers import StaticCache
 from bench.full_size import SHAPES, meta_model
 from bench.kernels import fill, read_rate
 from moecule import runtime
-from moecule.family import load_family
 from moecule.generate import COMPILE
 from moecule.measure import device_name
-from moecule.moe import experts_in, find_layers, find_moe
+from moecule.moe import experts_in
 from moecule.offload import Offloaded, offload
 
 GROUP, PROMPT, NEW, STEPS = 128, 128, 128, 100
 SETTLE = 320  # steps in which the cache learns what is used
+DRAWS = 2**14  # of experts, before they come again
 WHAT = ("int8", "exact", "generate")
 
 
@@ -130,15 +130,33 @@ def step_seconds(model: Any, prompt: torch.Tensor) -> float:
     return begin.elapsed_time(end) / 1e3 / STEPS
 
 
-def skewed(model: Any, skew: float) -> None:
-    """Routers that prefer some experts, others in every layer."""
-    family, draw = load_family(model.config.model_type), torch.Generator().manual_seed(0)
-    for layer in find_layers(model)[1]:
-        moe = find_moe(layer, family)
-        assert moe is not None  # both shapes have them in every layer
-        n = moe.experts.num_experts
-        scale = (1.0 + torch.randperm(n, generator=draw)) ** -skew
-        moe.router.weight.data *= scale[:, None].to(moe.router.weight)
+class Drawn:
+    """In place of a router's choice: experts drawn at random, some oftener, others in every layer.
+
+    Random weights prefer the same few experts whatever the token is. Numbered by how often they are
+    drawn, expert r has a weight of (1 + r) ** -skew. A new draw for every forward.
+    """
+
+    def __init__(self, n: int, top_k: int, skew: float, seed: int) -> None:
+        g = torch.Generator().manual_seed(seed)
+        weight = (1.0 + torch.randperm(n, generator=g)) ** -skew
+        drawn = weight.expand(DRAWS, n).multinomial(top_k, generator=g)
+        self.drawn, self.turn = drawn.to("cuda"), torch.zeros(1, dtype=torch.int64, device="cuda")
+
+    def __call__(
+        self, x: torch.Tensor, idx: torch.Tensor, coef: torch.Tensor, nobody: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `online.LayerSkip`, which may change who runs."""
+        self.turn.add_(1)
+        tokens = torch.arange(len(idx), device=idx.device)
+        return self.drawn[(self.turn + tokens) % DRAWS], coef
+
+
+def draw(model: Any, skew: float) -> None:
+    """Every layer's choice of experts by lot."""
+    for i, (_, module) in enumerate(experts_in(model)):
+        top_k = model.config.get_text_config().num_experts_per_tok
+        module.skip = Drawn(module.num_experts, top_k, skew, i)
 
 
 def host_rate() -> float:
@@ -187,7 +205,7 @@ def moving_seconds(
 def cached(name: str, args: argparse.Namespace, rate: float) -> list[dict[str, Any]]:
     """Rows of a model: all on the device, then for each share of the experts that the cache holds."""
     model = random_model(name, args.layers)
-    skewed(model, args.skew)
+    draw(model, args.skew)
     prompt = torch.randint(0, 30000, (1, PROMPT), device="cuda")
     of_experts = sum(t.nbytes for _, m in experts_in(model) for t in m.buffers())
     text = model.config.get_text_config()
@@ -270,7 +288,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--only", nargs="+", default=WHAT, choices=WHAT)
     parser.add_argument("--cache", nargs="+", type=float, metavar="SHARE")
-    parser.add_argument("--skew", type=float, default=0.3)
+    parser.add_argument("--skew", type=float, default=0.8)
     parser.add_argument("-o", "--out", type=Path)
     args = parser.parse_args()
     rate = read_rate()
