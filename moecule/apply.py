@@ -20,10 +20,10 @@ from moecule.hf import Streamed
 from moecule.inventory import rest_parts
 from moecule.journal import NO_TRAIL, Trail
 from moecule.method import load_method
-from moecule.moe import experts_of, listening, put_experts, select_experts
+from moecule.moe import experts_of, listening, put_experts, select_experts, set_top_k
 from moecule.pack import Codec, pack_experts, pack_weights
 from moecule.packed import Packed
-from moecule.plan import Drop, Keep, Plan
+from moecule.plan import Keep, Plan
 from moecule.recipe import Part
 from moecule.states import States
 from moecule.walk import Step, Tick, finish, walk
@@ -59,24 +59,32 @@ def check_plan(plan: Plan, streamed: Streamed) -> None:
         if len(fates) != n:
             raise PlanError(f"plan: layer {i} has {len(fates)} experts, the model has {n}")
         kept = [e for e, f in enumerate(fates) if isinstance(f, Keep)]
-        if len(kept) < moe.top_k:
+        top_k = moe.top_k if plan.top_k is None else plan.top_k
+        if top_k > moe.top_k:
             raise PlanError(
-                f"plan: layer {i} keeps {len(kept)} experts, and the router picks {moe.top_k} "
-                "a token; keep more"
+                f"plan: top_k has {top_k}, and the router of layer {i} picks {moe.top_k}"
             )
-        _check_groups(plan, streamed, i, n, kept)
+        if len(kept) < top_k:
+            raise PlanError(
+                f"plan: layer {i} keeps {len(kept)} experts, and the router picks {top_k} "
+                "a token; keep more, or give the plan a smaller top_k"
+            )
+        _check_groups(plan, streamed, i, n, kept, top_k)
     if plan.skip is not None and not set(plan.skip.thresholds) <= set(moes):
         raise PlanError(
             f"plan: skip names layers {sorted(plan.skip.thresholds)}, of {sorted(moes)}"
         )
     for i, limits in (plan.skip.thresholds if plan.skip else {}).items():
-        tail = moes[i].top_k - 1
+        tail = (moes[i].top_k if plan.top_k is None else plan.top_k) - 1
         if len(limits) != tail:
             raise PlanError(f"plan: skip: layer {i} has {len(limits)} thresholds, wanted {tail}")
 
 
-def _check_groups(plan: Plan, streamed: Streamed, layer: int, n: int, kept: Sequence[int]) -> None:
-    groups = streamed.family.n_groups(streamed.model.config.get_text_config())
+def _check_groups(
+    plan: Plan, streamed: Streamed, layer: int, n: int, kept: Sequence[int], top_k: int
+) -> None:
+    config = streamed.model.config.get_text_config()
+    groups, top_groups = streamed.family.n_groups(config), streamed.family.top_groups(config)
     if groups == 1 or len(kept) == n:
         return
     sizes = {sum(e * groups // n == g for e in kept) for g in range(groups)}
@@ -84,6 +92,11 @@ def _check_groups(plan: Plan, streamed: Streamed, layer: int, n: int, kept: Sequ
         raise PlanError(
             f"plan: layer {layer}: the router picks among {groups} groups of experts; each must keep "
             f"the same number, at least 2, and the plan keeps {sorted(sizes)}"
+        )
+    if top_groups * min(sizes) < top_k:
+        raise PlanError(
+            f"plan: layer {layer}: the router picks {top_k} experts from {top_groups} groups, and the "
+            f"plan keeps {min(sizes)} in each; keep more, or give the plan a smaller top_k"
         )
 
 
@@ -137,10 +150,12 @@ def _applied(notes: Sequence[Mapping[str, Any]], last: States) -> Applied:
 
 
 def is_stock(plan: Plan) -> bool:
-    """Whether stock transformers can load the result: nothing packed, layers of one size."""
-    fates = [f for layer in plan.layers.values() for f in layer] + list(plan.rest.values())
+    """Whether stock transformers can load the result: nothing packed or skipped, layers of one size."""
+    if plan.skip is not None:
+        return False
     sizes = {sum(isinstance(f, Keep) for f in layer) for layer in plan.layers.values()}
-    return len(sizes) == 1 and all(isinstance(f, Drop) or f.bits == 16 for f in fates)
+    as_it_is = plan.leaves_experts and all(f.bits == 16 for f in plan.rest.values())
+    return len(sizes) == 1 and as_it_is
 
 
 def _cast(streamed: Streamed, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -175,9 +190,14 @@ def _layer(
         if len(kept) < len(fates):
             put_experts(moe.experts, experts_of(moe.experts).select(kept))
             select_experts(moe, kept, len(fates))
+        if plan.top_k is not None:
+            set_top_k(moe, plan.top_k)
+        rounds = any(k.bits < 16 for k in keeps)
         with listening(moe, aside, outputs=False) as heard:
-            packed |= pack_weights(codec, streamed, step, others, always_run=True)
-        codes, starved = pack_experts(codec, streamed, moe, heard, keeps)
+            packed |= pack_weights(codec, streamed, step, others, always_run=rounds)
+        codes, starved = dict.fromkeys(("gate_up", "down"), [None] * len(keeps)), list[int]()
+        if rounds:  # else there is nothing to hear for
+            codes, starved = pack_experts(codec, streamed, moe, heard, keeps)
         if starved:
             step.note["starved"] = {str(i): [kept[e] for e in starved]}
     step.run()

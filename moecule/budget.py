@@ -25,6 +25,14 @@ class LayerExperts:
     bias_bytes: int  # of one expert besides its matrices
     router_bytes: int  # of what the router holds of one expert besides its row
     item_bytes: int  # of a weight as it is on disk
+    top_k: int  # experts that the router picks for a token
+    groups: int  # that it picks among first; 1 where it does not
+    top_groups: int  # how many of them it picks
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the numbers can be those of a layer."""
+        return 1 <= self.groups <= self.n and self.n % self.groups == 0 and self.top_k <= self.n
 
     @property
     def weights(self) -> int:
@@ -78,7 +86,11 @@ class Inventory:
         rest = {k: v for k, v in doc.items() if k not in ("experts", "weights", "caches")}
         caches = tuple(Cache(**_tuples(c)) for c in doc["caches"])
         routers = {w.layer for w in weights.values() if w.part == "router" and w.shape[0] > 1}
-        if not experts or not routers <= set(experts) or any(e.n < 1 for e in experts.values()):
+        if (
+            not experts
+            or not routers <= set(experts)
+            or any(not e.is_whole for e in experts.values())
+        ):
             raise ValueError("layers without experts")
         return Inventory(experts=experts, weights=weights, caches=caches, **_tuples(rest))
 

@@ -15,7 +15,7 @@ from moecule.experts import Expert
 from moecule.hf import Streamed
 from moecule.journal import NO_TRAIL, Trail
 from moecule.moe import Heard, Moe, experts_of, listening
-from moecule.stats import LayerSeen, Seen, Statistic
+from moecule.stats import LayerSeen, Routed, Seen, Statistic
 from moecule.walk import Tick, Walked, walk, walk_back
 
 Sums = dict[str, Tensor]  # by the statistic's name: [E, ...] of experts, [...] of the layer
@@ -34,7 +34,7 @@ def collect(
     counted on the way down. Layers that the trail's journal has are not given again; a layer is
     noted when the next one is asked for. Raises CheckpointError where activations are not finite.
     """
-    backward = any(s.backward for s in needs)
+    backward, turned = (any(getattr(s, of) for s in needs) for of in ("backward", "turned"))
     up = walk(streamed, batches, tick, trail, keep=backward)
     while True:
         try:
@@ -46,7 +46,7 @@ def collect(
         if moe is None or backward:
             continue
         count = LayerCount(step.index, needs)
-        with listening(moe, trail.aside) as heard:
+        with listening(moe, trail.aside, turned=turned) as heard:
             for x, out in step.passes():
                 count.add(x, out)
         yield step.index, _added_up(streamed, count.sums | expert_sums(streamed, moe, heard, needs))
@@ -59,7 +59,7 @@ def collect(
                 pass
             continue
         count, grads = LayerCount(back.index, needs), []
-        with listening(moe, trail.aside) as heard:
+        with listening(moe, trail.aside, turned=turned) as heard:
             for x, out, grad in back.passes(heard.live):
                 assert grad is not None  # the experts were heard
                 count.add(x, out)
@@ -118,7 +118,28 @@ def expert_sums(
                 row[s.name] = row[s.name] + more if s.name in row else more
         rows.append(row)
     # once a statistic: a GPU must not stand still after every expert
-    return {s.name: torch.stack([row[s.name] for row in rows]).cpu() for s in wanted}
+    sums = {s.name: torch.stack([row[s.name] for row in rows]).cpu() for s in wanted}
+    return sums | router_sums(streamed, heard, needs, len(rows))
+
+
+def router_sums(
+    streamed: Streamed, heard: Heard, needs: Sequence[Statistic], n_experts: int
+) -> Sums:
+    """The statistics of a layer's router, over all its tokens: [E, ...] each."""
+    sums: Sums = {}
+    wanted = [s for s in needs if s.of_router is not None]
+    scores = streamed.family.scores_in(streamed.model.config.get_text_config())
+    for logits, idx, coef in (
+        zip(heard.logits, heard.idx, heard.coef, strict=True) if wanted else ()
+    ):
+        prob = _probability(logits, scores)
+        # some routers score experts that always run in their last columns
+        seen = Routed(logits[:, :n_experts], prob[:, :n_experts], idx, coef)
+        for s in wanted:
+            assert s.of_router is not None
+            more = s.of_router(seen).double().cpu()
+            sums[s.name] = sums[s.name] + more if s.name in sums else more
+    return sums
 
 
 def _of(statistic: Statistic, expert: Expert) -> Callable[[Seen], Tensor]:
@@ -206,6 +227,7 @@ def seen_by(
             out=expert.out(act),
             routed=heard.routed[b][t].to(there),
             grad=None if grads is None else grads[b][t].to(there),
+            turn=heard.turn[b][t].to(there) if heard.turn else None,
             top_k=heard.idx[b].shape[1],
             renormalised=renormalised,
             expert=expert,

@@ -8,13 +8,35 @@ import tomllib
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from moecule.errors import MoeculeError, RecipeError
 from moecule.interrupt import Verbs
+from moecule.options import (
+    Bits,
+    Clamp,
+    Context,
+    Data,
+    Device,
+    Dtype,
+    Fit,
+    Gone,
+    Json,
+    Length,
+    Model,
+    RecipeName,
+    Samples,
+    Sets,
+    Size,
+    SkipFlag,
+    StatesAt,
+    Texts,
+    Trust,
+    Where,
+)
 from moecule.show import (
     bar,
     complain,
@@ -33,40 +55,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make Mixture-of-Experts models small, with proof of what it cost.",
 )
-Model = Annotated[
-    str, typer.Argument(help="A folder, a Hub id in the cache, or: embedded.", metavar="MODEL")
-]
-RecipeName = Annotated[str, typer.Option("--recipe", help="A recipe by name, or a .toml file.")]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Override a key: encode.damp=0.05", metavar="KEY=VALUE"),
-]
-Data = Annotated[
-    Path | None,
-    typer.Option(help="Calibration text: plain, or JSON lines of documents or conversations."),
-]
-Samples = Annotated[int | None, typer.Option(help="Calibration windows.")]
-Length = Annotated[int | None, typer.Option(help="Tokens of a window.")]
-Bits = Annotated[
-    float | None, typer.Option(help="Mean code bits over the routed experts' weights.")
-]
-Size = Annotated[str | None, typer.Option(help="True bytes of the checkpoint: 20GB, 16GiB.")]
-Fit = Annotated[str | None, typer.Option(help="As --size, with a KV cache of --context tokens.")]
-Context = Annotated[int, typer.Option(help="Tokens of the KV cache that --fit leaves room for.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that comes with a model.")
-]
-Where = Literal["auto", "device", "host", "disk"]
-StatesAt = Annotated[
-    Where, typer.Option("--states", help="Where hidden states lie: auto, device, host or disk.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Texts = Annotated[
-    list[Path] | None, typer.Option("--text", help="Text to evaluate on, as --data; may repeat.")
-]
-SkipFlag = Annotated[bool, typer.Option("--skip", help="With the online skipping saved in it.")]
 
 
 @app.command()
@@ -78,6 +66,8 @@ def inspect(
     size: Size = None,
     fit: Fit = None,
     context: Context = 4096,
+    drop: Gone = None,
+    clamp: Clamp = False,
     samples: Samples = None,
     length: Length = None,
     device: Device = "auto",
@@ -94,7 +84,7 @@ def inspect(
     found = look(
         model,
         recipe=_recipe(recipe, set_, samples, length),
-        ask=Ask(bits, size, fit, context),
+        ask=Ask(bits, size, fit, context, drop, clamp),
         compute=_compute(device, dtype, False, states),
         time=time,
     )
@@ -119,6 +109,22 @@ def families(json_: Json = False) -> None:
     shown = Table("family", "status", "reason", box=None)
     for family in found:
         shown.add_row(family.name, family.status, family.reason)
+    out_console.print(shown)
+
+
+@app.command()
+def methods(json_: Json = False) -> None:
+    """List the methods: what each does, its paper, and what it was measured to cost."""
+    from moecule.listing import listing, rows
+
+    found = listing()
+    if json_:
+        print_json([asdict(method) for method in found])
+        return
+    head, *rest = rows(found)
+    shown = Table(*head, box=None)
+    for row in rest:
+        shown.add_row(*row)
     out_console.print(shown)
 
 
@@ -162,6 +168,8 @@ def plan(
     size: Size = None,
     fit: Fit = None,
     context: Context = 4096,
+    drop: Gone = None,
+    clamp: Clamp = False,
 ) -> None:
     """Decide what becomes of every expert; the plan is text to read and edit."""
     from moecule import verbs
@@ -172,15 +180,15 @@ def plan(
         stats,
         out,
         recipe=_recipe(recipe, set_, None, None),
-        ask=verbs.Ask(bits, size, fit, context),
+        ask=verbs.Ask(bits, size, fit, context, drop, clamp),
     )
     inventory = Inventory.from_dict(load_stats(stats)[1]["inventory"])
     parts = bytes_by_part(inventory, made)
     true = 8 * parts["experts"] / inventory.expert_weights
-    say(
-        f"{out}: {made.nominal_bits:.3f} nominal bits, {true:.3f} true bits a routed expert's weight, "
-        f"{format_size(sum(parts.values()))} in all; next: moecule apply {made.model} {out} -o OUT"
-    )
+    gone = f"{made.dropped} experts dropped, " if made.dropped else ""
+    width = f"{made.nominal_bits:.3f} nominal bits, {true:.3f} true bits a routed expert's weight"
+    size = f"{format_size(sum(parts.values()))} in all"
+    say(f"{out}: {gone}{width}, {size}; next: moecule apply {made.model} {out} -o OUT")
 
 
 @app.command()
@@ -224,6 +232,8 @@ def compress(
     size: Size = None,
     fit: Fit = None,
     context: Context = 4096,
+    drop: Gone = None,
+    clamp: Clamp = False,
     data: Data = None,
     text: Texts = None,
     samples: Samples = None,
@@ -244,7 +254,7 @@ def compress(
             model,
             out,
             recipe=chosen,
-            ask=Ask(bits, size, fit, context),
+            ask=Ask(bits, size, fit, context, drop, clamp),
             data=data,
             text=text or (),
             compute=_compute(device, dtype, trust, states),

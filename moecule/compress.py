@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch
 
+from moecule.ask import Ask
 from moecule.errors import OutputError
 from moecule.evaluate import evaluate
 from moecule.files import write_text
 from moecule.folder import remains
 from moecule.inventory import take_inventory
 from moecule.journal import only_one, placed, sweep
-from moecule.recipe import Ask, Recipe, load_recipe
+from moecule.recipe import Recipe, load_recipe
 from moecule.result import Result, load_result
 from moecule.session import Compute, Progress, open_checkpoint, silent, stream
 from moecule.text import evaluation_batches

@@ -15,6 +15,8 @@ from typing import Any
 from moecule.errors import CheckpointError
 
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus", "probability")  # the last: given as such
+# config keys of which one or more say how many experts the router picks for a token
+TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 INSIDE = ("thinker_config", "text_config")  # of a multimodal model's config, on the way to the text
 
 
@@ -54,6 +56,11 @@ class Family:
     def n_groups(self, config: Any) -> int:
         """Groups of experts that the router picks among; 1 where it picks experts at once."""
         return int(getattr(config, self.groups, None) or 1) if self.groups else 1
+
+    def top_groups(self, config: Any) -> int:
+        """How many of its groups the router picks."""
+        groups = self.n_groups(config)
+        return int(getattr(config, "topk_group", None) or groups) if groups > 1 else 1
 
 
 def load_family(model_type: str) -> Family:

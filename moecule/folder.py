@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from moecule import runtime
 from moecule.apply import Applied, is_stock
 from moecule.checkpoint import INDEX, Checkpoint
 from moecule.errors import CheckpointError
-from moecule.family import Family, text_part
+from moecule.family import TOP_K_KEYS, Family, text_part
 from moecule.files import write_text, writing
 from moecule.hf import auto_name
 from moecule.plan import Keep, Plan
@@ -87,12 +87,13 @@ def write_config(
     """
     config: dict[str, Any] = copy.deepcopy(dict(source.config))
     config.pop("moecule", None)  # of how the source was made
+    text = text_part(config)
+    if plan.top_k is not None:
+        _set(text, TOP_K_KEYS, plan.top_k)
     if is_stock(plan):
         config.pop("auto_map", None)  # names code that is not copied, and not needed
         kept = sum(isinstance(f, Keep) for f in next(iter(plan.layers.values())))
-        text = text_part(config)
-        for key in set(family.count_keys) & set(text):
-            text[key] = [kept] * len(text[key]) if isinstance(text[key], list) else kept
+        _set(text, family.count_keys, kept)
     else:
         config |= _packed_config(source, plan, done)
         write_text(folder / f"{REQUIRED}.py", REQUIRED_CODE)
@@ -104,6 +105,12 @@ def write_config(
             shutil.copyfile(file, folder / file.name)
     write_text(folder / "plan.yaml", plan.dumps())
     write_text(folder / "README.md", _card(source, plan, done))
+
+
+def _set(text: dict[str, Any], keys: Sequence[str], value: int) -> None:
+    """Whichever of the keys there are; some have a number for each layer."""
+    for key in set(keys) & set(text):
+        text[key] = [value] * len(text[key]) if isinstance(text[key], list) else value
 
 
 def _packed_config(source: Checkpoint, plan: Plan, done: Applied) -> dict[str, Any]:

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
-from moecule.budget import Inventory, bytes_by_part, format_size, within
+from moecule.ask import Ask, at_width, foresee, price
+from moecule.budget import Inventory, bytes_by_part, format_size
 from moecule.errors import CheckpointError
 from moecule.hf import PACKED, skeleton
 from moecule.inventory import take_inventory, weigh
-from moecule.method import load_method
 from moecule.moe import experts_of, find_layers, find_moe
 from moecule.needs import Needs, needs_of, work_of
 from moecule.pace import Pace, pace_of
-from moecule.recipe import Ask, Recipe, load_recipe
+from moecule.recipe import AS_IT_IS, Recipe, load_recipe
 from moecule.session import Compute, open_checkpoint, stream
 
 NO_WISH = Ask()
@@ -103,12 +103,14 @@ def _foreseen(
     """With what the recipe will make and take."""
     streamed = stream(facts.model, compute, empty=True)
     inventory = take_inventory(streamed)
-    budget, work = budget_of(inventory, recipe, ask), work_of(streamed, inventory, recipe)
-    size = budget.size_bytes
+    budget = budget_of(inventory, recipe, ask)
+    if recipe.bits == AS_IT_IS and not foresee(recipe, ask, inventory).leaves_experts:
+        recipe = replace(recipe, bits=1.0)  # what rounding takes is to be foreseen too
+    work, size = work_of(streamed, inventory, recipe), budget.size_bytes
     return replace(
         facts,
         sizes_by_bits={
-            str(b): sum(bytes_by_part(inventory, recipe.uniform(inventory, b)).values())
+            str(b): price(inventory, at_width(recipe, ask.share(recipe), inventory, b))
             for b in (1, 2, 3, 4)
         },
         budget=budget,
@@ -120,14 +122,7 @@ def _foreseen(
 def budget_of(inventory: Inventory, recipe: Recipe, ask: Ask) -> Budget:
     """An even plan that keeps within what was asked. Raises RecipeError where none does."""
     ask.check(recipe, inventory)
-    room = ask.size_bytes(inventory)
-    bits = recipe.bits if ask.bits is None else ask.bits
-    whole = load_method(recipe.allocate.method, "allocate").whole_bits
-    plan = (
-        recipe.even(inventory, bits)
-        if room is None
-        else within(lambda b: recipe.even(inventory, b), inventory, room, whole=whole)
-    )
+    room, plan = ask.size_bytes(inventory), foresee(recipe, ask, inventory)
     sizes = bytes_by_part(inventory, plan)
     return Budget(
         asked=ask.text(recipe),

@@ -43,6 +43,8 @@ def rest_parts(model: Any, family: Family, i: int) -> dict[str, str]:
 def take_inventory(streamed: Streamed) -> Inventory:
     """Of a checkpoint to compress, from shapes and headers alone."""
     model, family = streamed.model, streamed.family
+    config = model.config.get_text_config()
+    groups, top_groups = family.n_groups(config), family.top_groups(config)
     places = dict(model.state_dict())
     # decoded, for that is what is written
     on_disk = {n: t.decoded_bytes for n, t in streamed.checkpoint.tensors.items()}
@@ -57,7 +59,10 @@ def take_inventory(streamed: Streamed) -> Inventory:
             weights[full] = Weight(part, (rows, columns), streamed.dtypes[full].itemsize, i)
         moe = streamed.moe(i)
         if moe is not None:
-            experts[i] = _layer_experts(moe, f"{prefix}{moe.prefix}", disk, streamed.dtypes)
+            sizes = _layer_experts(moe, f"{prefix}{moe.prefix}", disk, streamed.dtypes)
+            experts[i] = LayerExperts(
+                **sizes, top_k=moe.top_k, groups=groups, top_groups=top_groups
+            )
     part_of = {n: part_of_tensor(n, model, family) for n in disk}
     other = sum(size for n, size in disk.items() if part_of[n] == "other")
     inside = {n for n in disk if part_of[n] == "experts"} | set(weights)
@@ -68,7 +73,7 @@ def take_inventory(streamed: Streamed) -> Inventory:
         other_bytes=other,
         other_weights=sum(places[n].numel() for n in disk if n not in inside),
         caches=caches_of(model),
-        max_position=int(getattr(model.config.get_text_config(), "max_position_embeddings", 2048)),
+        max_position=int(getattr(config, "max_position_embeddings", 2048)),
     )
 
 
@@ -81,19 +86,19 @@ def _router_vectors(moe: Moe) -> list[str]:
 
 def _layer_experts(
     moe: Moe, prefix: str, disk: dict[str, int], dtypes: dict[str, torch.dtype]
-) -> LayerExperts:
+) -> dict[str, Any]:
     view, n = experts_of(moe.experts), moe.experts.num_experts
     biases = [m for m in disk if m.startswith(f"{prefix}experts.") and m.endswith("_proj_bias")]
     router = [f"{prefix}{name}" for name in _router_vectors(moe)]
     (a, b), (c, d) = view.gate_up.shape[1:], view.down.shape[1:]
-    return LayerExperts(
-        n=n,
-        gate_up=(a, b),
-        down=(c, d),
-        bias_bytes=sum(disk[m] for m in biases) // n,
-        router_bytes=sum(disk[m] for m in router) // n,
-        item_bytes=dtypes[f"{prefix}experts.down_proj"].itemsize,
-    )
+    return {
+        "n": n,
+        "gate_up": (a, b),
+        "down": (c, d),
+        "bias_bytes": sum(disk[m] for m in biases) // n,
+        "router_bytes": sum(disk[m] for m in router) // n,
+        "item_bytes": dtypes[f"{prefix}experts.down_proj"].itemsize,
+    }
 
 
 def part_of_tensor(name: str, model: Any, family: Family) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from moecule.errors import RecipeError
@@ -16,6 +16,7 @@ from moecule.packed import Packed
 from moecule.stats import Statistic, Stats
 
 # what the functions below take as `options` is an instance of the method's own Options
+Score = Callable[[Stats, Any], Mapping[int, Float64[Tensor, " E"]]]
 Allocate = Callable[[Stats, float, Any], Mapping[int, tuple[int, ...]]]
 Encode = Callable[
     [Float[Tensor, "E M N"], Float[Tensor, "E N N"] | None, tuple[int, ...], int, Any],
@@ -31,6 +32,9 @@ class Method:
     paper: str  # authors, year, arXiv id
     options: type  # a frozen dataclass: the keys a recipe may set, with defaults
     needs: Callable[[Any], tuple[Statistic, ...]] = lambda options: ()
+    score: Score | None = (
+        None  # (stats, options) -> {layer: of each expert}; the lowest are dropped
+    )
     allocate: Allocate | None = None  # (stats, mean bits, options) -> {layer: bits of each expert}
     whole_bits: bool = False  # allocate takes no mean between two widths
     encode: Encode | None = None  # (W, gram, bits of each, group, options) -> one Packed each

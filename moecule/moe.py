@@ -24,6 +24,7 @@ class Moe:
     """The modules of one layer's MoE block."""
 
     name: str  # of the block inside its layer: "mlp"
+    layer: nn.Module
     block: nn.Module
     experts: Any  # a transformers experts module
     router: Any
@@ -78,7 +79,7 @@ def find_moe(layer: nn.Module, family: Family) -> Moe | None:
     ((name, experts),) = found
     parent, _, _ = name.rpartition(".")
     block = layer.get_submodule(parent)
-    return Moe(parent, block, experts, block.get_submodule(family.router))
+    return Moe(parent, layer, block, experts, block.get_submodule(family.router))
 
 
 def first_matrix(module: Any) -> str:
@@ -188,6 +189,15 @@ def select_experts(moe: Moe, kept: Sequence[int], n_experts: int) -> None:
     moe.router.num_experts = len(kept)
 
 
+def set_top_k(moe: Moe, top_k: int) -> None:
+    """Let the router pick so many experts for a token, in place."""
+    holders = [m for m in (moe.router, moe.block) if "top_k" in vars(m)]
+    for module in holders:
+        module.top_k = top_k
+    if not holders:  # read from the config that all layers share, as `Moe.top_k` reads it
+        moe.router.config.top_k_experts = top_k
+
+
 def by_expert(moe: Moe, n_experts: int) -> list[tuple[nn.Module, str, int]]:
     """(module, tensor's name, axis) of all that the router has one of for each expert."""
     shared = int(getattr(moe.router, "n_shared_experts", 0))
@@ -214,6 +224,7 @@ class Heard:
     routed: list[Float[Tensor, "T H"]] = field(default_factory=list)
     logits: list[Float[Tensor, "T E"]] = field(default_factory=list)
     live: list[Float[Tensor, "T H"]] = field(default_factory=list)  # routed, with its graph
+    turn: list[Float[Tensor, " T"]] = field(default_factory=list)  # as in stats.Seen
 
     def keep(self, tensor: Tensor) -> Tensor:
         """As it is put aside."""
@@ -231,13 +242,18 @@ class Heard:
 
 @contextmanager
 def listening(
-    moe: Moe, device: torch.device | None = None, *, outputs: bool = True
+    moe: Moe,
+    device: torch.device | None = None,
+    *,
+    outputs: bool = True,
+    turned: bool = False,
 ) -> Iterator[Heard]:
     """Within, every pass through the block is noted. The routing is the model's own, never re-derived.
 
-    Hidden states are put aside on `device`, if given.
+    Hidden states are put aside on `device`, if given. `turned`: how far the routed experts turn the
+    residual stream is noted too, which raises CheckpointError where that stream is not found.
     """
-    heard = Heard(device, outputs)
+    heard, before = Heard(device, outputs), _Before(moe)
 
     def on_experts(
         module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Tensor
@@ -250,6 +266,8 @@ def listening(
             heard.routed.append(heard.keep(out))
         if out.requires_grad:
             heard.live.append(out)
+        if turned:
+            heard.turn.append(heard.keep(turn_of(before.of(x, out), out.detach())))
 
     def on_router(module: Any, args: Any, out: tuple[Tensor, ...]) -> None:
         if outputs:
@@ -258,9 +276,59 @@ def listening(
     handles = [
         moe.experts.register_forward_hook(on_experts, with_kwargs=True),
         moe.router.register_forward_hook(on_router),
+        *(before.hooks() if turned else ()),
     ]
     try:
         yield heard
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Before:
+    """Finds the residual stream that a MoE block reads: what its norm was given, or its own input."""
+
+    def __init__(self, moe: Moe) -> None:
+        self.moe = moe
+        self.given: Tensor | None = None  # to the block
+        self.norms: list[tuple[Tensor, Tensor]] = []  # (input, output) of the layer's own norms
+
+    def hooks(self) -> list[Any]:
+        """Listening to the layer's norms and the block."""
+
+        def on_norm(module: Any, args: tuple[Tensor, ...], out: Tensor) -> None:
+            self.norms.append((args[0].detach(), out.detach()))
+
+        def on_block(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+            self.given = found[0].detach()
+
+        norms = [m for m in self.moe.layer.children() if "norm" in type(m).__name__.lower()]
+        handles = [m.register_forward_hook(on_norm) for m in norms]
+        if self.moe.name:  # else the block is the layer, and what the experts are given is a norm's
+            handles.append(self.moe.block.register_forward_pre_hook(on_block, with_kwargs=True))
+        return handles
+
+    def of(self, x: Float[Tensor, "T _N"], out: Float[Tensor, "T H"]) -> Float[Tensor, "T H"]:
+        """Of the experts' input and output. Raises CheckpointError where the stream is not found."""
+        read = x if self.given is None else self.given
+        found = [h for h, normed in self.norms if normed.data_ptr() == read.data_ptr()]
+        whole = self.given if not found else found[-1]
+        self.norms.clear()
+        if whole is None or whole.numel() != out.numel():
+            raise CheckpointError(
+                f"{type(self.moe.layer).__name__}: the residual stream before its experts is not "
+                "found, which this recipe reads; use another, such as reap"
+            )
+        return whole.reshape(out.shape)
+
+
+@torch.no_grad()
+def turn_of(before: Float[Tensor, "T H"], added: Float[Tensor, "T H"]) -> Float[Tensor, " T"]:
+    """1 - cosine of `before` and `before + added`: half the square between the two unit vectors.
+
+    So written it keeps its figures where it is small, and is never below 0.
+    """
+    a, b = before.float(), before.float() + added.float()
+    unit = nn.functional.normalize
+    return (unit(a, dim=-1) - unit(b, dim=-1)).square().sum(-1) / 2

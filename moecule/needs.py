@@ -118,7 +118,7 @@ def work_of(streamed: Streamed, inventory: Inventory, recipe: Recipe) -> Work:
         eager_attention=config._attn_implementation == "eager",
         backward=any(s.backward for s in needs),
         trials=passes_of(needs),
-        wants_gram=load_method(recipe.encode.method, "encode").wants_gram,
+        wants_gram=recipe.rounds and load_method(recipe.encode.method, "encode").wants_gram,
     )
 
 
@@ -143,7 +143,7 @@ def toy_seen() -> Seen:
     toy = Expert(up, down, lambda y: y[..., :wide])
     x, ones, rank = torch.randn(t, hidden, generator=g), torch.ones(t), torch.zeros(t).long()
     return Seen(
-        x, ones, ones, ones, rank, ones, toy.act(x), toy(x), toy(x), x,
+        x, ones, ones, ones, rank, ones, toy.act(x), toy(x), toy(x), x, ones,
         top_k=2, renormalised=True, expert=toy,
     )  # fmt: skip
 

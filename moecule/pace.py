@@ -21,7 +21,7 @@ from moecule.experts import Expert
 from moecule.hf import Streamed
 from moecule.method import load_method
 from moecule.needs import Work, toy_seen
-from moecule.recipe import Recipe
+from moecule.recipe import AS_IT_IS, Recipe
 from moecule.states import free_host_bytes
 
 EFFICIENCY = 0.6  # of the measured rate of products, which attention, norms and gathers never reach
@@ -109,7 +109,8 @@ def _calibrate(
 
 def _apply(work: Work, inventory: Inventory, recipe: Recipe, rates: Rates) -> dict[str, float]:
     rest = [w.shape for w in inventory.weights.values() if recipe.rest[w.part].bits < 16]
-    packed = inventory.expert_weights + sum(m * n for m, n in rest)
+    experts_too = inventory.expert_weights if recipe.bits < AS_IT_IS else 0
+    packed = experts_too + sum(m * n for m, n in rest)
     batches = -(-work.tokens // work.batch)
     walks = 3 if work.wants_gram and rest else 2
     flop = walks * _pass_flop(work, inventory)
@@ -214,7 +215,7 @@ Rand = Callable[..., torch.Tensor]
 
 def _encode(recipe: Recipe, rand: Rand, rows: int) -> tuple[Callable[[], Any], int, int]:
     """(rounding two groups of columns, weights, columns)."""
-    bits, n = (max(1, round(recipe.bits)),), 2 * recipe.group
+    bits, n = (min(8, max(1, round(recipe.bits))),), 2 * recipe.group
     w, x = rand(1, rows, n), rand(2 * n, n)
     gram = (x.mT @ x)[None]
     encode = load_method(recipe.encode.method, "encode").encode

@@ -60,6 +60,7 @@ class Plan:
     rest: Mapping[str, Keep] = field(default_factory=lambda: dict.fromkeys(REST, Keep()))
     encode: Mapping[str, Any] = field(default_factory=lambda: {"method": "rtn"})
     skip: Skip | None = None
+    top_k: int | None = None  # experts that routers pick for a token, where fewer than they did
     made_by: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -67,6 +68,17 @@ class Plan:
         """Mean code bits over the routed experts' weights, dropped experts counted as 0 bits."""
         fates = [f for layer in self.layers.values() for f in layer]
         return sum(f.bits for f in fates if isinstance(f, Keep)) / len(fates)
+
+    @property
+    def dropped(self) -> int:
+        """How many experts go."""
+        return sum(f == Drop() for layer in self.layers.values() for f in layer)
+
+    @property
+    def leaves_experts(self) -> bool:
+        """Whether all experts that stay do so as they are."""
+        fates = [f for layer in self.layers.values() for f in layer]
+        return all(isinstance(f, Drop) or f.bits == 16 for f in fates)
 
     @property
     def code_digest(self) -> str:
@@ -79,6 +91,8 @@ class Plan:
         doc["made_by"] = dict(self.made_by)
         doc["encode"] = dict(self.encode)
         doc["rest"] = {part: str(self.rest[part]) for part in REST}
+        if self.top_k is not None:
+            doc["top_k"] = self.top_k
         if self.skip is not None:
             doc["skip"] = {"protect": self.skip.protect, "thresholds": _spaced(self.skip)}
         doc["layers"] = {layer: _lines(fates) for layer, fates in sorted(self.layers.items())}
@@ -94,9 +108,11 @@ class Plan:
                 raise  # says more
             raise PlanError(f"plan: not YAML: {' '.join(str(e).split())}") from e
         wanted = {"model", "digest", "made_by", "encode", "rest", "layers"}
-        if not isinstance(doc, dict) or not wanted <= set(doc) <= wanted | {"skip"}:
+        if not isinstance(doc, dict) or not wanted <= set(doc) <= wanted | {"skip", "top_k"}:
             found = sorted(map(str, doc)) if isinstance(doc, dict) else type(doc).__name__
-            raise PlanError(f"plan: found keys {found}, wanted {sorted(wanted)} and maybe skip")
+            raise PlanError(
+                f"plan: found keys {found}, wanted {sorted(wanted)}, maybe skip and top_k"
+            )
         if not isinstance(doc["rest"], dict) or set(doc["rest"]) != set(REST):
             raise PlanError(f"plan: rest has {doc['rest']!r}, wanted one line each for {REST}")
         rest = {part: _fate(str(verb), f"rest, {part}") for part, verb in doc["rest"].items()}
@@ -114,6 +130,7 @@ class Plan:
             rest={part: fate for part, fate in rest.items() if isinstance(fate, Keep)},
             encode=doc["encode"],
             skip=_skip(doc["skip"]) if "skip" in doc else None,
+            top_k=_top_k(doc["top_k"]) if "top_k" in doc else None,
             made_by=doc["made_by"],
         )
 
@@ -160,6 +177,12 @@ def _skip(doc: Any) -> Skip:
     if not all(0 <= x <= 1 for x in numbers):  # NaN is not, either
         raise PlanError(f"plan: skip wants numbers from 0 to 1, found {doc!r}")
     return skip
+
+
+def _top_k(value: Any) -> int:
+    if type(value) is int and 0 < value < 10**4:  # True is an int
+        return value
+    raise PlanError(f"plan: top_k has {value!r}, wanted how many experts a token gets")
 
 
 def _number(key: Any, where: str) -> int:

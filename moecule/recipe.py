@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from moecule.budget import Inventory, bytes_by_part, format_size, parse_size
+from moecule.budget import Inventory
 from moecule.data import Sampling
 from moecule.errors import RecipeError
 from moecule.method import load_method
@@ -22,6 +22,7 @@ from moecule.plan import REST, Keep, Plan
 from moecule.stats import COUNT, Statistic
 
 HERE = Path(__file__).parent / "recipes"
+AS_IT_IS = 16.0  # bits: experts that stay are not rounded
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text in quotes"}
 
 
@@ -48,40 +49,46 @@ class Recipe:
     about: str
     paper: str
     group: int
-    bits: float  # when neither --bits, --size nor --fit is given
+    bits: float  # when neither --bits, --size nor --fit is given; 16 leaves experts as they are
     data: Sampling
     allocate: Part
     encode: Part
     rest: Mapping[str, Keep] = field(default_factory=dict)
     skip: Part | None = None
+    score: Part | None = None  # says which experts to drop
+    drop: float = 0.0  # the share of them when --drop is not given
 
     def needs(self) -> tuple[Statistic, ...]:
         """The statistics that its methods read, each once."""
-        parts = [("allocate", self.allocate)] + ([("thresholds", self.skip)] if self.skip else [])
-        found = [s for what, p in parts for s in load_method(p.method, what).needs(p.options)]
+        parts = {"score": self.score, "allocate": self.allocate, "thresholds": self.skip}
+        given = {what: part for what, part in parts.items() if part is not None}
+        found = [
+            s for what, p in given.items() for s in load_method(p.method, what).needs(p.options)
+        ]
         return tuple(dict.fromkeys(found))
 
     def counted(self) -> tuple[Statistic, ...]:
         """What calibrating for it counts: how often each expert was used, and what it needs."""
         return tuple(dict.fromkeys((COUNT, *self.needs())))
 
+    @property
+    def rounds(self) -> bool:
+        """Whether anything is rounded when no bits are asked for."""
+        return self.bits < AS_IT_IS or any(keep.bits < 16 for keep in self.rest.values())
+
     def widths(self) -> tuple[int, int]:
         """The least and the most bits that its allocation can give an expert."""
         given = getattr(self.allocate.options, "bits", (1, 8))
         return min(given), max(given)
 
-    def least(self, inventory: Inventory) -> Plan:
-        """A plan that no plan of this recipe is smaller than."""
-        return self.uniform(inventory, self.widths()[0])
-
-    def uniform(self, inventory: Inventory, bits: int) -> Plan:
-        """A plan that gives all experts `bits`, whether the recipe itself would or not."""
-        keep = Keep(bits, self.group)
-        layers = {i: (keep,) * experts.n for i, experts in inventory.experts.items()}
+    def even(self, inventory: Inventory, bits: float) -> Plan:
+        """A plan that gives all experts the widths of `even_widths`."""
+        widths = self.even_widths({i: e.n for i, e in inventory.experts.items()}, bits)
+        layers = {i: tuple(Keep(b, self.group) for b in w) for i, w in widths.items()}
         return Plan("", "", layers, rest=self.rest)
 
-    def even(self, inventory: Inventory, bits: float) -> Plan:
-        """A plan that gives all experts the widths next to `bits`, so many each as make the mean.
+    def even_widths(self, sizes: Mapping[int, int], bits: float) -> dict[int, tuple[int, ...]]:
+        """The widths next to `bits` for layers of so many experts, so many each as make the mean.
 
         It prices a budget before there are statistics. Raises RecipeError as `check_bits` does.
         """
@@ -90,17 +97,19 @@ class Recipe:
         low = max(b for b in widths if b <= bits)
         high = min((b for b in widths if b > bits), default=low + 1)
         layers, at = {}, 0.0
-        for i, experts in inventory.experts.items():
+        for i, n in sizes.items():
             layer = []
-            for _ in range(experts.n):  # spread over the layers
+            for _ in range(n):  # spread over the layers
                 at += (bits - low) / (high - low)
-                layer.append(Keep(high if at > 1 - 1e-9 else low, self.group))
-                at -= layer[-1].bits == high
+                layer.append(high if at > 1 - 1e-9 else low)
+                at -= layer[-1] == high
             layers[i] = tuple(layer)
-        return Plan("", "", layers, rest=self.rest)
+        return layers
 
     def check_bits(self, bits: float) -> None:
         """Raise RecipeError for a mean of bits that no allocation of this recipe has."""
+        if bits == AS_IT_IS:
+            return
         whole = load_method(self.allocate.method, "allocate").whole_bits
         least, most = self.widths()
         if not least <= bits <= most:
@@ -112,62 +121,6 @@ class Recipe:
             )
         if whole and bits != int(bits):
             raise RecipeError(f"recipe {self.name} takes whole bits only, not {bits:g}")
-
-
-@dataclass(frozen=True)
-class Ask:
-    """How small: mean code bits of the experts, or true bytes; one of them, or the recipe's bits."""
-
-    bits: float | None = None
-    size: str | int | None = None  # of the whole checkpoint
-    fit: str | int | None = None  # of the checkpoint and a KV cache of `context` tokens
-    context: int = 4096
-
-    def __post_init__(self) -> None:
-        """Raises RecipeError for two wishes at once, and for what is no size."""
-        if sum(x is not None for x in (self.bits, self.size, self.fit)) > 1:
-            raise RecipeError("give one of --bits, --size and --fit, not two")
-        if self.context < 1:
-            raise RecipeError(f"a context of {self.context} tokens; wanted 1 or more")
-        for size in (self.size, self.fit):
-            if size is not None:
-                parse_size(size)
-
-    def size_bytes(self, inventory: Inventory) -> int | None:
-        """The bytes to keep within, if the user gave any."""
-        if self.size is not None:
-            return parse_size(self.size)
-        if self.fit is not None:
-            return parse_size(self.fit) - self.cache_bytes(inventory)
-        return None
-
-    def cache_bytes(self, inventory: Inventory) -> int:
-        """Of the KV cache that `fit` leaves room for."""
-        tokens = min(self.context, inventory.max_position)
-        return 0 if self.fit is None else inventory.cache_bytes(tokens)
-
-    def check(self, recipe: Recipe, inventory: Inventory) -> None:
-        """Raise RecipeError for what no plan of the recipe can meet, before there are statistics."""
-        size = self.size_bytes(inventory)
-        if size is None:
-            recipe.check_bits(recipe.bits if self.bits is None else self.bits)
-            return
-        least = sum(bytes_by_part(inventory, recipe.least(inventory)).values())
-        if size < least:
-            cache = self.cache_bytes(inventory)
-            room = f" and {format_size(cache)} for the KV cache" if cache else ""
-            raise RecipeError(
-                f"{self.text(recipe)} cannot be met; the least that recipe {recipe.name} takes is "
-                f"{format_size(least)}{room}"
-            )
-
-    def text(self, recipe: Recipe) -> str:
-        """For the plan: what was asked for."""
-        if self.size is not None:
-            return f"size {self.size}"
-        if self.fit is not None:
-            return f"fit {self.fit}, {self.context} tokens"
-        return f"{recipe.bits if self.bits is None else self.bits:g} bits"
 
 
 def recipe_names() -> list[str]:
@@ -201,14 +154,20 @@ def load_recipe(name: str | Path, changes: Mapping[str, Any] | None = None) -> R
 
 
 def _recipe(path: Path, doc: dict[str, Any]) -> Recipe:
-    known = {"about", "paper", "group", "bits", "data", "allocate", "encode", "rest", "skip"}
-    _refuse_unknown(str(path), doc, known)
+    known = {"about", "paper", "group", "bits", "drop", "data", "allocate", "encode", "rest"}
+    _refuse_unknown(str(path), doc, known | {"score", "skip"})
     for key in ("allocate", "encode"):
         if not isinstance(doc.get(key), dict):
             raise RecipeError(f"{path}: there is no [{key}] table; it must name a method")
     group = _value(int, doc.get("group", 64), f"{path}: group")
     if not 1 <= group < 10**9:
         raise RecipeError(f"{path}: group = {group}, wanted 1 column or more")
+    drop = _value(float, doc.get("drop", 0.0), f"{path}: drop")
+    if not 0 <= drop < 1 or (drop and "score" not in doc):
+        wanted = (
+            "a share of the experts, from 0 to 1" if "score" in doc else "a [score] table with it"
+        )
+        raise RecipeError(f"{path}: drop = {drop:g}, wanted {wanted}")
     rest = doc.get("rest", {})
     _refuse_unknown(f"{path} [rest]", rest, set(REST))
     return Recipe(
@@ -222,6 +181,8 @@ def _recipe(path: Path, doc: dict[str, Any]) -> Recipe:
         encode=part_of(f"{path} [encode]", doc["encode"], "encode", group),
         rest={part: _keep(rest.get(part, 16), group, f"{path} [rest] {part}") for part in REST},
         skip=part_of(f"{path} [skip]", doc["skip"], "thresholds", group) if "skip" in doc else None,
+        score=part_of(f"{path} [score]", doc["score"], "score", group) if "score" in doc else None,
+        drop=drop,
     )
 
 

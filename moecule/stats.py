@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,27 @@ class Seen:
     out: Float[Tensor, "t H"]  # its output, before coef
     routed: Float[Tensor, "t H"]  # the layer's routed output for the token, all experts summed
     grad: Float[Tensor, "t H"] | None  # of the loss by `routed`, where a statistic asks for it
+    # 1 - cosine of the residual stream before and after `routed`, where a statistic asks for it
+    turn: Float[Tensor, " t"] | None
     top_k: int
     renormalised: bool  # the token's coefs sum to a constant
     expert: Expert
+
+    @cached_property
+    def norm(self) -> Float64[Tensor, " t"]:
+        """Length of each output; several statistics read it."""
+        length: Tensor = torch.linalg.vector_norm(self.out, dim=-1, dtype=torch.float64)
+        return length
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What a layer's router made of one batch of the calibration text, and what was made of that."""
+
+    logits: Float[Tensor, "T E"]
+    prob: Float[Tensor, "T E"]  # of all experts, before some were chosen; see family.SCORES
+    idx: Int[Tensor, "T K"]  # those chosen
+    coef: Float[Tensor, "T K"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +76,7 @@ class LayerSeen:
 class Statistic:
     """A named sum over the tokens of an expert, or of a layer. stats/ knows it by its name.
 
-    One of the three functions is given; each says what one batch adds.
+    One of the four functions is given; each says what one batch adds.
     """
 
     name: str
@@ -65,7 +84,11 @@ class Statistic:
     of_layer: Callable[[LayerSeen], Tensor] | None = None  # -> [...] for the layer
     # expert -> such an `of`, for what is made of the expert's weights once and read in every batch
     of_expert: Callable[[Expert], Callable[[Seen], Tensor]] | None = None
+    of_router: Callable[[Routed], Tensor] | None = (
+        None  # -> [E, ...], of tokens routed elsewhere too
+    )
     backward: bool = False  # reads Seen.grad
+    turned: bool = False  # reads Seen.turn
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Statistic) and other.name == self.name
@@ -76,11 +99,25 @@ class Statistic:
 
 COUNT = Statistic("count", lambda s: torch.tensor(float(len(s.coef))))
 MASS = Statistic("mass", lambda s: s.prob.double().sum())
+SOFT = Statistic("soft", of_router=lambda r: r.prob.double().sum(0))
+COEF = Statistic("coef", lambda s: s.coef.double().sum())
+COEF_SQ = Statistic("coef_sq", lambda s: s.coef.double().square().sum())
+NORM = Statistic("norm", lambda s: s.norm.sum())
+NORM_SQ = Statistic("norm_sq", lambda s: s.norm.square().sum())
+COEF_NORM = Statistic("coef_norm", lambda s: (s.coef * s.norm).sum())
+COEF_NORM_SQ = Statistic("coef_norm_sq", lambda s: (s.coef * s.norm).square().sum())
+TURN_COEF_NORM = Statistic("turn_coef_norm", lambda s: _turned(s).sum(), turned=True)
 TOKENS = Statistic("tokens", of_layer=lambda s: torch.tensor(float(len(s.hidden))))
 HIDDEN_SQ = Statistic("hidden_sq", of_layer=lambda s: s.out.double().square().sum())
 COSINE = Statistic(
     "cosine", of_layer=lambda s: torch.cosine_similarity(s.hidden.double(), s.out.double()).sum()
 )
+
+
+def _turned(seen: Seen) -> Float64[Tensor, " t"]:
+    assert seen.turn is not None  # the statistic says turned
+    return seen.turn * seen.coef * seen.norm
+
 
 LayerStats = Mapping[
     str, Float64[Tensor, "..."]

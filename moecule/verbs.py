@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,10 @@ import torch
 from torch import Tensor
 
 from moecule.apply import Applied, apply_plan
+from moecule.ask import Ask as Ask  # the request is part of what the verbs take
+from moecule.ask import decide
 from moecule.batch import Batch, digest, n_tokens, shape_of
-from moecule.budget import Inventory, within
+from moecule.budget import Inventory
 from moecule.calibrate import collect
 from moecule.data import Sampling
 from moecule.errors import CheckpointError, DataError, OutputError, PlanError, RecipeError
@@ -21,9 +25,7 @@ from moecule.folder import made_of, remains, write_config
 from moecule.hf import Streamed
 from moecule.inventory import take_inventory
 from moecule.journal import Journal, Trail, journal_of, placed, sweep
-from moecule.method import load_method
-from moecule.plan import Keep, Plan, Skip
-from moecule.recipe import Ask as Ask  # the request is part of what the verbs take
+from moecule.plan import Drop, Plan
 from moecule.recipe import Recipe, load_recipe, part_of
 from moecule.session import (
     Compute,
@@ -193,50 +195,45 @@ def plan(
             f"calibrate again with --recipe {chosen.name}"
         )
     ask.check(chosen, inventory)
-    method = load_method(chosen.allocate.method, "allocate")
-    assert method.allocate is not None  # load_method saw to it
-    allocate = method.allocate
-    made_by = {
-        "recipe": chosen.name,
-        "allocate": chosen.allocate.as_dict(),
-        "encode": chosen.encode.as_dict(),
-        "rest": {part: str(keep) for part, keep in chosen.rest.items()},
-        "skip": chosen.skip.as_dict() if chosen.skip else None,
-        "budget": ask.text(chosen),
-        "stats": stats_digest(Path(stats)),
-    }
-    skip = _skip(chosen, sums)
-
-    def make(bits: float) -> Plan:
-        widths = allocate(sums, bits, chosen.allocate.options)
-        return Plan(
-            model=meta["model"],
-            digest=meta["digest"],
-            layers={i: tuple(Keep(b, chosen.group) for b in w) for i, w in sorted(widths.items())},
-            rest=chosen.rest,
-            encode=chosen.encode.as_dict(),
-            skip=skip,
-            made_by=made_by,
-        )
-
-    size = ask.size_bytes(inventory)
-    made = (
-        make(ask.bits if ask.bits is not None else chosen.bits)
-        if size is None
-        else within(make, inventory, size, whole=method.whole_bits)
+    made = replace(
+        decide(chosen, ask, sums, inventory),
+        model=meta["model"],
+        digest=meta["digest"],
+        encode=chosen.encode.as_dict(),
+        made_by={
+            "recipe": chosen.name,
+            **({"score": chosen.score.as_dict()} if chosen.score else {}),
+            "allocate": chosen.allocate.as_dict(),
+            "encode": chosen.encode.as_dict(),
+            "rest": {part: str(keep) for part, keep in chosen.rest.items()},
+            "skip": chosen.skip.as_dict() if chosen.skip else None,
+            "budget": ask.text(chosen),
+            "stats": stats_digest(Path(stats)),
+        },
     )
+    _warn_of_few(made, sums)
     if out is not None:
         write_text(Path(out), made.dumps())
     return made
 
 
-def _skip(recipe: Recipe, sums: Any) -> Skip | None:
-    if recipe.skip is None:
-        return None
-    method = load_method(recipe.skip.method, "thresholds")
-    assert method.thresholds is not None  # load_method saw to it
-    thresholds, protect = method.thresholds(sums, recipe.skip.options)
-    return Skip(thresholds, protect)
+FEW = 32  # tokens; means over fewer say little
+
+
+def _warn_of_few(plan: Plan, sums: Mapping[int, Mapping[str, Tensor]]) -> None:
+    """Where experts were dropped: how many of those that stay were chosen on little evidence."""
+    few = [
+        e
+        for i, fates in plan.layers.items()
+        for e, fate in enumerate(fates)
+        if fate != Drop() and sums[i][COUNT.name][e] < FEW
+    ]
+    if plan.dropped and few:
+        warnings.warn(
+            f"{len(few)} of the experts that stay saw fewer than {FEW} tokens, so which go was decided "
+            "on little; calibrate on more text (--samples)",
+            stacklevel=3,
+        )
 
 
 def read_plan(path: str | Path) -> Plan:

@@ -28,13 +28,14 @@ PROGRESS = re.compile(r"(calibrate|apply|evaluate) \d+/\d+$")
 OPTIONS = {
     "apply": "data device dtype length out samples states trust-remote-code",
     "calibrate": "data device dtype length out recipe samples set states trust-remote-code",
-    "compress": "bits context data device dtype fit json length out recipe samples set size states "
-    "text trust-remote-code",
+    "compress": "bits clamp context data device drop dtype fit json length out recipe samples set "
+    "size states text trust-remote-code",
     "evaluate": "against device dtype json length skip states text trust-remote-code",
     "families": "json",
     "generate": "compile device dtype exact expert-cache seed skip temperature tokens trust-remote-code",
-    "inspect": "bits context device dtype fit json length recipe samples set size states time",
-    "plan": "bits context fit out recipe set size",
+    "inspect": "bits clamp context device drop dtype fit json length recipe samples set size states time",
+    "methods": "json",
+    "plan": "bits clamp context drop fit out recipe set size",
 }
 
 

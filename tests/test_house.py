@@ -90,7 +90,7 @@ def test_a_method_names_its_paper_and_supplies_something(name):
     assert ARXIV.search(method.paper)
     doc = importlib.import_module(f"moecule.methods.{name}").__doc__
     assert ARXIV.search(method.paper)[0] in doc
-    assert any(getattr(method, part) for part in ("allocate", "encode", "thresholds"))
+    assert any(getattr(method, part) for part in ("score", "allocate", "encode", "thresholds"))
     assert method.options() == method.options()  # every option has a default
 
 
@@ -99,7 +99,7 @@ def test_a_methods_statistics_have_names_of_their_own(name):
     method = load_all()[name]
     needs = method.needs(method.options())
     assert len({s.name for s in needs}) == len(needs)
-    kinds = [(s.of, s.of_layer, s.of_expert) for s in needs]
+    kinds = [(s.of, s.of_layer, s.of_expert, s.of_router) for s in needs]
     assert all(sum(f is not None for f in given) == 1 for given in kinds)
 
 
@@ -107,7 +107,7 @@ def test_every_statistic_of_one_name_is_one_function():
     found = {}
     for method in load_all().values():
         for s in method.needs(method.options()):
-            code = inspect.getsource(s.of or s.of_layer or s.of_expert)
+            code = inspect.getsource(s.of or s.of_layer or s.of_expert or s.of_router)
             assert found.setdefault(s.name, code) == code
 
 
@@ -135,7 +135,8 @@ def test_a_recipe_loads_with_what_it_names(name):
     assert re.fullmatch(ARXIV, recipe.paper)
     assert load_method(recipe.allocate.method, "allocate")
     assert load_method(recipe.encode.method, "encode")
-    assert 1 <= recipe.bits <= 8
+    assert 1 <= recipe.bits <= 8 or (recipe.bits == 16 and recipe.score)
+    assert bool(recipe.drop) == (recipe.score is not None)
     assert recipe.needs()
 
 

@@ -11,6 +11,7 @@ import tiny
 import torch
 from test_cli import refused, run
 
+from moecule.ask import Ask
 from moecule.budget import Cache, Inventory, bytes_by_part, parse_size
 from moecule.cache import caches_of
 from moecule.errors import RecipeError
@@ -19,7 +20,7 @@ from moecule.inventory import take_inventory
 from moecule.needs import RUNTIME_BYTES, needs_of, passes_of, work_of
 from moecule.pace import pace_of
 from moecule.pack import chunks
-from moecule.recipe import Ask, load_recipe
+from moecule.recipe import load_recipe
 from moecule.session import Compute
 from moecule.stats import COUNT
 

@@ -1,0 +1,235 @@
+"""How small: what a user asks for, and the plan of a recipe that meets it.
+
+First experts go (`--drop`), then those that stay get their bits: what the allocation reads of the
+others is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from moecule.budget import Inventory, bytes_by_part, format_size, parse_size, within
+from moecule.drop import Kept, Spread, check_share, fates_of, kept_of, parse_share, shares
+from moecule.errors import RecipeError
+from moecule.method import load_method
+from moecule.plan import Plan, Skip
+from moecule.recipe import AS_IT_IS, Part, Recipe, load_recipe, recipe_names
+from moecule.stats import Stats
+
+Make = Callable[[float, float], Plan]  # of a share to drop and a mean of bits
+Widths = Callable[[Kept, float], Mapping[int, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """How small. One of bits, size and fit, or the recipe's bits; and what share of the experts goes."""
+
+    bits: float | None = None  # mean code bits of the experts that stay; 16 leaves them as they are
+    size: str | int | None = None  # true bytes of the whole checkpoint
+    fit: str | int | None = None  # of the checkpoint and a KV cache of `context` tokens
+    context: int = 4096
+    drop: str | float | None = None  # "25%" or 0.25; None: as the recipe says
+    clamp: bool = False  # where fewer stay than the router picks, let it pick fewer
+
+    def __post_init__(self) -> None:
+        """Raises RecipeError for two wishes at once, and for what is no size and no share."""
+        if sum(x is not None for x in (self.bits, self.size, self.fit)) > 1:
+            raise RecipeError("give one of --bits, --size and --fit, not two")
+        if self.context < 1:
+            raise RecipeError(f"a context of {self.context} tokens; wanted 1 or more")
+        for size in (self.size, self.fit):
+            if size is not None:
+                parse_size(size)
+        if self.drop is not None:
+            parse_share(self.drop)
+
+    def share(self, recipe: Recipe) -> float:
+        """Of the experts, that goes, where it is not to be found from a size."""
+        return recipe.drop if self.drop is None else parse_share(self.drop)
+
+    def size_bytes(self, inventory: Inventory) -> int | None:
+        """The bytes to keep within, if the user gave any."""
+        if self.size is not None:
+            return parse_size(self.size)
+        if self.fit is not None:
+            return parse_size(self.fit) - self.cache_bytes(inventory)
+        return None
+
+    def cache_bytes(self, inventory: Inventory) -> int:
+        """Of the KV cache that `fit` leaves room for."""
+        tokens = min(self.context, inventory.max_position)
+        return 0 if self.fit is None else inventory.cache_bytes(tokens)
+
+    def check(self, recipe: Recipe, inventory: Inventory) -> None:
+        """Raise RecipeError for what no plan of the recipe can meet, before there are statistics."""
+        if self.drop is not None and recipe.score is None:
+            able = [n for n in recipe_names() if load_recipe(n).score is not None]
+            raise RecipeError(
+                f"recipe {recipe.name} does not say which experts to drop; those that do are "
+                f"{', '.join(able)}"
+            )
+        size = self.size_bytes(inventory)
+        if size is None or not _drops_to_fit(recipe, self):
+            check_share(inventory, self.share(recipe), _spread(recipe), clamp=self.clamp)
+        if size is None:
+            recipe.check_bits(recipe.bits if self.bits is None else self.bits)
+            return
+        least = _least(recipe, self, inventory)
+        if size < least:
+            cache = self.cache_bytes(inventory)
+            room = f" and {format_size(cache)} for the KV cache" if cache else ""
+            raise RecipeError(
+                f"{self.text(recipe)} cannot be met; the least that recipe {recipe.name} takes is "
+                f"{format_size(least)}{room}"
+            )
+
+    def text(self, recipe: Recipe) -> str:
+        """For the plan: what was asked for."""
+        if self.size is not None:
+            asked = f"size {self.size}"
+        elif self.fit is not None:
+            asked = f"fit {self.fit}, {self.context} tokens"
+        else:
+            asked = f"{recipe.bits if self.bits is None else self.bits:g} bits"
+        if recipe.score is None or _drops_to_fit(recipe, self):
+            return asked
+        return f"drop {100 * self.share(recipe):g}%, {asked}"
+
+
+def _drops_to_fit(recipe: Recipe, ask: Ask) -> bool:
+    """Whether experts are dropped until the size is met, instead of rounded."""
+    sized = ask.size is not None or ask.fit is not None
+    return sized and recipe.bits == AS_IT_IS and ask.drop is None and recipe.score is not None
+
+
+def _spread(recipe: Recipe) -> Spread:
+    options = None if recipe.score is None else recipe.score.options
+    return cast(Spread, getattr(options, "budget", "layer"))
+
+
+def decide(recipe: Recipe, ask: Ask, stats: Stats, inventory: Inventory) -> Plan:
+    """The recipe's plan, but for the model's name. Raises RecipeError where none meets the request."""
+    method = load_method(recipe.allocate.method, "allocate")
+    allocate = method.allocate
+    assert allocate is not None  # load_method saw to it
+    scores = _blank(inventory)
+    if recipe.score is not None:
+        score = load_method(recipe.score.method, "score").score
+        assert score is not None  # as above
+        scores = dict(score(stats, recipe.score.options))
+
+    def widths(kept: Kept, bits: float) -> Mapping[int, tuple[int, ...]]:
+        return allocate(survivors(recipe, stats, kept), bits, recipe.allocate.options)
+
+    made, kept = _met(recipe, ask, inventory, scores, widths)
+    return _skipping(made, recipe.skip, survivors(recipe, stats, kept))
+
+
+def foresee(recipe: Recipe, ask: Ask, inventory: Inventory) -> Plan:
+    """An even plan that meets the request, to be priced before there are statistics.
+
+    Raises RecipeError where none does.
+    """
+
+    def widths(kept: Kept, bits: float) -> Mapping[int, tuple[int, ...]]:
+        return recipe.even_widths({i: len(ids) for i, ids in kept.items()}, bits)
+
+    return _met(recipe, ask, inventory, _blank(inventory), widths)[0]
+
+
+def _blank(inventory: Inventory) -> dict[int, Tensor]:
+    return {i: torch.zeros(e.n, dtype=torch.float64) for i, e in inventory.experts.items()}
+
+
+def _met(
+    recipe: Recipe, ask: Ask, inventory: Inventory, scores: Mapping[int, Tensor], widths: Widths
+) -> tuple[Plan, Kept]:
+    """(the plan that meets the request, the experts that it keeps)."""
+    spread, found = _spread(recipe), dict[float, Kept]()
+
+    def keep(share: float) -> Kept:
+        if share not in found:
+            found[share] = kept_of(scores, inventory, share, spread)
+        return found[share]
+
+    def make(share: float, bits: float) -> Plan:
+        kept = keep(share)
+        if bits == AS_IT_IS:
+            given: Mapping[int, tuple[int, ...]] = {i: (16,) * len(k) for i, k in kept.items()}
+        else:
+            given = widths(kept, bits)
+        layers = fates_of(kept, given, inventory, recipe.group)
+        picked = check_share(inventory, share, spread, clamp=ask.clamp)
+        return Plan("", "", layers, rest=recipe.rest, top_k=picked)
+
+    share, size = ask.share(recipe), ask.size_bytes(inventory)
+    if size is None:
+        return make(share, recipe.bits if ask.bits is None else ask.bits), keep(share)
+    if _drops_to_fit(recipe, ask):
+        share = _least_drop(make, shares(inventory, spread, clamp=ask.clamp), inventory, size)
+        return make(share, AS_IT_IS), keep(share)
+    if recipe.bits == AS_IT_IS and price(inventory, make(share, AS_IT_IS)) <= size:
+        return make(share, AS_IT_IS), keep(share)
+    whole = load_method(recipe.allocate.method, "allocate").whole_bits
+    return within(lambda bits: make(share, bits), inventory, size, whole=whole), keep(share)
+
+
+def _least_drop(make: Make, among: list[float], inventory: Inventory, size: int) -> float:
+    """The least share with which the checkpoint weighs no more than `size`."""
+    low, high = 0, len(among) - 1
+    least = price(inventory, make(among[high], AS_IT_IS))
+    if least > size:
+        raise RecipeError(
+            f"{format_size(size)} cannot be met; the least that this recipe makes is "
+            f"{format_size(least)}"
+        )
+    while low < high:
+        middle = (low + high) // 2
+        if price(inventory, make(among[middle], AS_IT_IS)) <= size:
+            high = middle
+        else:
+            low = middle + 1
+    return among[high]
+
+
+def _least(recipe: Recipe, ask: Ask, inventory: Inventory) -> int:
+    """Bytes that no plan of this recipe is smaller than."""
+    bits, share = recipe.widths()[0], ask.share(recipe)
+    if _drops_to_fit(recipe, ask):
+        bits, share = 16, shares(inventory, _spread(recipe), clamp=ask.clamp)[-1]
+    return price(inventory, at_width(recipe, share, inventory, bits))
+
+
+def at_width(recipe: Recipe, share: float, inventory: Inventory, bits: int) -> Plan:
+    """A plan that drops a share and gives all others `bits`, whether the recipe itself would or not."""
+    kept = kept_of(_blank(inventory), inventory, share, _spread(recipe))
+    given = {i: (bits,) * len(ids) for i, ids in kept.items()}
+    return Plan("", "", fates_of(kept, given, inventory, recipe.group), rest=recipe.rest)
+
+
+def price(inventory: Inventory, plan: Plan) -> int:
+    """Bytes of the checkpoint that a plan makes."""
+    return sum(bytes_by_part(inventory, plan).values())
+
+
+def survivors(recipe: Recipe, stats: Stats, kept: Kept) -> dict[int, dict[str, Tensor]]:
+    """The sums that the recipe reads, of the experts that stay."""
+    whole = {s.name for s in recipe.counted() if s.of_layer is not None}
+    return {
+        i: {name: t if name in whole else t[list(kept[i])] for name, t in of.items()}
+        for i, of in stats.items()
+    }
+
+
+def _skipping(plan: Plan, skip: Part | None, stats: Stats) -> Plan:
+    if skip is None:
+        return plan
+    method = load_method(skip.method, "thresholds")
+    assert method.thresholds is not None  # load_method saw to it
+    thresholds, protect = method.thresholds(stats, skip.options)
+    return replace(plan, skip=Skip(thresholds, protect))

@@ -1,0 +1,160 @@
+"""Dropping whole experts: how many may go, and which, of scores alone.
+
+A share of the experts goes: of every layer, the same number (budget "layer"), or of all layers
+together (budget "model"). Where a router picks among groups of experts, each group loses as many:
+the model's code cuts its scores into equal runs. Ties keep the expert of the lower number, and in
+earlier layers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+from jaxtyping import Float64
+from torch import Tensor
+
+from moecule.budget import Inventory, LayerExperts
+from moecule.errors import RecipeError
+from moecule.plan import Drop, Keep
+
+Spread = Literal["layer", "model"]
+Kept = Mapping[int, tuple[int, ...]]  # by layer: the experts that stay, rising
+IN_GROUP = 2  # experts that a group must keep: some routers score a group by its best two
+
+
+def parse_share(given: float | str) -> float:
+    """The share of "25%", "0.25" or 0.25. Raises RecipeError for what is none below 1.
+
+    >>> parse_share("12.5%")
+    0.125
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%?)\s*", str(given))
+    share = float(match[1]) / (100 if match[2] else 1) if match else -1.0
+    if not 0 <= share < 1:
+        raise RecipeError(f"to drop {given!r} was asked; wanted a share of the experts, like 25%")
+    return share
+
+
+def kept_of(
+    scores: Mapping[int, Float64[Tensor, " E"]],
+    inventory: Inventory,
+    share: float,
+    spread: Spread,
+) -> dict[int, tuple[int, ...]]:
+    """The experts that stay when `share` of them goes, those of the lowest scores first."""
+    if spread == "model" and share > 0:
+        return _of_model(scores, inventory, share)
+    out = {}
+    for i, e in inventory.experts.items():
+        of, size = scores[i].tolist(), e.n // e.groups
+        left, kept = n_left(e, share) // e.groups, list[int]()
+        for g in range(e.groups):
+            ids = range(g * size, (g + 1) * size)
+            kept += sorted(ids, key=lambda j: (-of[j], j))[:left]
+        out[i] = tuple(sorted(kept))
+    return out
+
+
+def _of_model(
+    scores: Mapping[int, Float64[Tensor, " E"]], inventory: Inventory, share: float
+) -> dict[int, tuple[int, ...]]:
+    """As `kept_of`; a layer keeps what its router picks for a token, at least."""
+    kept = {i: set(range(e.n)) for i, e in inventory.experts.items()}
+    going = _going(inventory, share)
+    ranked = [(s, i, j) for i in kept for j, s in enumerate(scores[i].tolist())]
+    for _, i, j in sorted(ranked, key=lambda at: (at[0], -at[1], -at[2])):
+        if going and len(kept[i]) > inventory.experts[i].top_k:
+            kept[i].remove(j)
+            going -= 1
+    return {i: tuple(sorted(ids)) for i, ids in kept.items()}
+
+
+def n_left(e: LayerExperts, share: float) -> int:
+    """Experts of a layer that stay, as many in every group of its router."""
+    return e.n - e.groups * int(share * (e.n // e.groups) + 1e-9)
+
+
+def _going(inventory: Inventory, share: float) -> int:
+    return int(share * sum(e.n for e in inventory.experts.values()) + 1e-9)
+
+
+def _reach(e: LayerExperts, left: int) -> int:
+    """Experts that the router can still pick for a token, of `left` a layer."""
+    return min(e.top_k, e.top_groups * (left // e.groups))
+
+
+def shares(inventory: Inventory, spread: Spread, *, clamp: bool) -> list[float]:
+    """Every share that makes another plan and that `check_share` lets pass, rising from 0."""
+    all_of = [e.n // e.groups for e in inventory.experts.values()]
+    n = sum(e.n for e in inventory.experts.values()) if spread == "model" else max(all_of)
+    found = [0.0]
+    for k in range(1, n):
+        try:
+            check_share(inventory, k / n, spread, clamp=clamp)
+        except RecipeError:  # too few stay; or in a smaller layer none would go
+            continue
+        found.append(k / n)
+    return found
+
+
+def check_share(
+    inventory: Inventory, share: float, spread: Spread, *, clamp: bool = False
+) -> int | None:
+    """How many experts the router is to pick for a token where that is fewer than it did, else None.
+
+    Raises RecipeError for a share that drops none, or leaves fewer than the router picks: those only
+    `clamp` lets pass, where all layers keep as many.
+    """
+    layers = list(inventory.experts.values())
+    asked = f"to drop {share:.4g} of the experts was asked"
+    if share == 0:
+        return None
+    if spread == "model":
+        if any(e.groups > 1 for e in layers):
+            raise RecipeError(
+                f"{asked}, over all layers at once, and this model's router picks among groups that "
+                "must keep as many each; set score.budget=layer"
+            )
+        most = sum(e.n - e.top_k for e in layers)
+        if not 0 < _going(inventory, share) <= most:
+            raise RecipeError(
+                f"{asked}; of {sum(e.n for e in layers)} experts 1 to {most} can go, for a layer "
+                f"keeps the {max(e.top_k for e in layers)} that its router picks for a token"
+            )
+        return None
+    for e in layers:
+        _check_layer(e, share, asked, clamp=clamp)
+    picked = min(_reach(e, n_left(e, share)) for e in layers)
+    return picked if picked < max(e.top_k for e in layers) else None
+
+
+def _check_layer(e: LayerExperts, share: float, asked: str, *, clamp: bool) -> None:
+    size, left = e.n // e.groups, n_left(e, share)
+    where = f"{size} experts in each of {e.groups} groups" if e.groups > 1 else f"{e.n} experts"
+    if left == e.n:
+        raise RecipeError(f"{asked}, which of {where} is not one; the least is {1 / size:.4g}")
+    if e.groups > 1 and left // e.groups < IN_GROUP:
+        raise RecipeError(
+            f"{asked}, and of {where} {IN_GROUP} must stay; the most is {1 - IN_GROUP / size:.4g}"
+        )
+    if _reach(e, left) < e.top_k and not clamp:
+        need = -(-e.top_k // e.top_groups)  # in each group
+        raise RecipeError(
+            f"{asked}, which leaves {left} of {e.n} in a layer, and the router picks {e.top_k} a token"
+            f"{f' from {e.top_groups} of {e.groups} groups' if e.groups > 1 else ''}; the most is "
+            f"{1 - need / size:.4g}, or let it pick {_reach(e, left)} (--clamp)"
+        )
+
+
+def fates_of(
+    kept: Kept, widths: Mapping[int, tuple[int, ...]], inventory: Inventory, group: int
+) -> dict[int, tuple[Keep | Drop, ...]]:
+    """What becomes of every expert; `widths` are of those that stay, in their order."""
+    out: dict[int, tuple[Keep | Drop, ...]] = {}
+    for i, e in sorted(inventory.experts.items()):
+        keeps = [Keep() if b == 16 else Keep(b, group) for b in widths[i]]
+        by = dict(zip(kept[i], keeps, strict=True))
+        out[i] = tuple(by.get(j, Drop()) for j in range(e.n))
+    return out

@@ -1,0 +1,112 @@
+"""The methods as a table: what each does, its paper, its recipes, and what it was measured to cost.
+
+measured.json beside this file is written by experiments (`python -m bench.drop`); what was not
+measured is not in it, and its cell is empty.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moecule.method import load_all
+from moecule.recipe import load_recipe, recipe_names
+
+MEASURED = Path(__file__).parent / "measured.json"
+PARTS = ("score", "allocate", "encode", "thresholds")
+DOES = {
+    "score": "drops experts",
+    "allocate": "gives bits",
+    "encode": "rounds",
+    "thresholds": "skips online",
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a recipe of the method cost."""
+
+    recipe: str
+    at: str  # the budget: "25% dropped"
+    added_nats: Mapping[str, float]  # loss a token over the original's, by model
+    source: str  # the folder of the experiment
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One method."""
+
+    name: str  # as recipes name it
+    what: str
+    paper: str  # its arXiv id
+    parts: tuple[str, ...]  # of PARTS, that it supplies
+    recipes: tuple[str, ...]  # those that use it
+    measured: tuple[Measured, ...] = ()
+
+
+def listing() -> list[Listed]:
+    """Every method, in the order of the parts they supply and then by name."""
+    using: dict[str, list[str]] = {}
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        parts = (recipe.score, recipe.allocate, recipe.encode, recipe.skip)
+        for used in dict.fromkeys(p.method for p in parts if p is not None):
+            using.setdefault(used, []).append(name)
+    costs = [Measured(**doc) for doc in json.loads(MEASURED.read_text())]
+    found = []
+    for name, method in load_all().items():
+        doc = importlib.import_module(f"moecule.methods.{name}").__doc__ or ""
+        title = " ".join(doc.partition("\n\n")[0].split())
+        arxiv = re.search(r"arXiv:(\d{4}\.\d{4,5})", method.paper)
+        assert arxiv is not None  # tests see to it
+        found.append(
+            Listed(
+                name=name,
+                what=title.rstrip("."),
+                paper=arxiv[1],
+                parts=tuple(p for p in PARTS if getattr(method, p) is not None),
+                recipes=tuple(using.get(name, ())),
+                measured=tuple(c for c in costs if _is_of(c, name)),
+            )
+        )
+    return sorted(found, key=lambda m: (min(map(PARTS.index, m.parts)), m.name))
+
+
+def _is_of(cost: Measured, method: str) -> bool:
+    """Whether it is the cost of what this method decides: what to drop, or else how many bits."""
+    recipe = load_recipe(cost.recipe)
+    return (recipe.score or recipe.allocate).method == method
+
+
+def rows(found: Sequence[Listed]) -> list[tuple[str, ...]]:
+    """The head, and a row for each method."""
+    out: list[tuple[str, ...]] = [
+        ("method", "part", "what", "paper", "measured: added nats a token")
+    ]
+    for m in found:
+        costs = [
+            f"{c.recipe}, {c.at}: "
+            + ", ".join(f"{nats:.3f} ({model})" for model, nats in c.added_nats.items())
+            for c in m.measured
+        ]
+        part = ", ".join(DOES[p] for p in m.parts)
+        out.append((m.name, part, m.what, m.paper, "; ".join(costs)))
+    return out
+
+
+def readme_table() -> str:
+    """The methods as README.md lists them."""
+    head, *rest = rows(listing())
+    lines = [_line(head), "|---" * len(head) + "|"]
+    for name, part, what, paper, cost in rest:
+        link = f"[{paper}](https://arxiv.org/abs/{paper})"
+        lines.append(_line((f"`{name}`", part, what, link, cost)))
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

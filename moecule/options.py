@@ -1,0 +1,50 @@
+"""The options of the command line, as the verbs share them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Model = Annotated[
+    str, typer.Argument(help="A folder, a Hub id in the cache, or: embedded.", metavar="MODEL")
+]
+RecipeName = Annotated[str, typer.Option("--recipe", help="A recipe by name, or a .toml file.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a key: encode.damp=0.05", metavar="KEY=VALUE"),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="Calibration text: plain, or JSON lines of documents or conversations."),
+]
+Samples = Annotated[int | None, typer.Option(help="Calibration windows.")]
+Length = Annotated[int | None, typer.Option(help="Tokens of a window.")]
+Bits = Annotated[
+    float | None, typer.Option(help="Mean code bits over the weights of the experts that stay.")
+]
+Size = Annotated[str | None, typer.Option(help="True bytes of the checkpoint: 20GB, 16GiB.")]
+Fit = Annotated[str | None, typer.Option(help="As --size, with a KV cache of --context tokens.")]
+Gone = Annotated[
+    str | None, typer.Option("--drop", help="Share of the experts that goes: 25%.", metavar="SHARE")
+]
+Clamp = Annotated[
+    bool,
+    typer.Option("--clamp", help="Where fewer stay than the router picks, let it pick fewer."),
+]
+Context = Annotated[int, typer.Option(help="Tokens of the KV cache that --fit leaves room for.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with a model.")
+]
+Where = Literal["auto", "device", "host", "disk"]
+StatesAt = Annotated[
+    Where, typer.Option("--states", help="Where hidden states lie: auto, device, host or disk.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Texts = Annotated[
+    list[Path] | None, typer.Option("--text", help="Text to evaluate on, as --data; may repeat.")
+]
+SkipFlag = Annotated[bool, typer.Option("--skip", help="With the online skipping saved in it.")]
