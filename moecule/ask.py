@@ -219,9 +219,13 @@ def price(inventory: Inventory, plan: Plan) -> int:
 
 def survivors(recipe: Recipe, stats: Stats, kept: Kept) -> dict[int, dict[str, Tensor]]:
     """The sums that the recipe reads, of the experts that stay."""
-    whole = {s.name for s in recipe.counted() if s.of_layer is not None}
+    read = recipe.counted()
     return {
-        i: {name: t if name in whole else t[list(kept[i])] for name, t in of.items()}
+        i: {
+            s.name: of[s.name] if s.of_layer is not None else of[s.name][list(kept[i])]
+            for s in read
+            if s.name in of
+        }
         for i, of in stats.items()
     }
 

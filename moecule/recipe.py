@@ -19,7 +19,7 @@ from moecule.data import Sampling
 from moecule.errors import RecipeError
 from moecule.method import load_method
 from moecule.plan import REST, Keep, Plan
-from moecule.stats import COUNT, Statistic
+from moecule.stats import COUNT, DROPPING, Statistic
 
 HERE = Path(__file__).parent / "recipes"
 AS_IT_IS = 16.0  # bits: experts that stay are not rounded
@@ -68,8 +68,12 @@ class Recipe:
         return tuple(dict.fromkeys(found))
 
     def counted(self) -> tuple[Statistic, ...]:
-        """What calibrating for it counts: how often each expert was used, and what it needs."""
-        return tuple(dict.fromkeys((COUNT, *self.needs())))
+        """What calibrating for it counts: how often each expert was used, and what it needs.
+
+        If it drops experts also what all others that do need, so that they can be compared.
+        """
+        others = () if self.score is None else DROPPING
+        return tuple(dict.fromkeys((COUNT, *self.needs(), *others)))
 
     @property
     def rounds(self) -> bool:

@@ -107,6 +107,8 @@ NORM_SQ = Statistic("norm_sq", lambda s: s.norm.square().sum())
 COEF_NORM = Statistic("coef_norm", lambda s: (s.coef * s.norm).sum())
 COEF_NORM_SQ = Statistic("coef_norm_sq", lambda s: (s.coef * s.norm).square().sum())
 TURN_COEF_NORM = Statistic("turn_coef_norm", lambda s: _turned(s).sum(), turned=True)
+# from one pass of these every score for dropping is made
+DROPPING = (COUNT, SOFT, COEF, COEF_SQ, NORM, NORM_SQ, COEF_NORM, COEF_NORM_SQ, TURN_COEF_NORM)
 TOKENS = Statistic("tokens", of_layer=lambda s: torch.tensor(float(len(s.hidden))))
 HIDDEN_SQ = Statistic("hidden_sq", of_layer=lambda s: s.out.double().square().sum())
 COSINE = Statistic(

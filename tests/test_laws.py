@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moecule.calibrate import collect, seen_by
 from moecule.methods import hawq, odp, pmq
 from moecule.moe import listening
-from moecule.stats import COSINE, COUNT, HIDDEN_SQ, MASS, TOKENS
+from moecule.stats import COSINE, DROPPING, HIDDEN_SQ, MASS, TOKENS
 from moecule.walk import walk, walk_back
 
 every_family = pytest.mark.parametrize("name", tiny.FAMILIES)
@@ -20,7 +20,7 @@ NORM, SQUARED, FISHER = (
     pmq.trial(pmq.Options(bits=(1, 3), error=error, group=16))
     for error in ("norm", "squared", "fisher")
 )
-SUMS = (COUNT, MASS, TOKENS, HIDDEN_SQ, COSINE, NORM, odp.RATIO, odp.DAMAGE["hidden"])
+SUMS = (*DROPPING, MASS, TOKENS, HIDDEN_SQ, COSINE, NORM, odp.RATIO, odp.DAMAGE["hidden"])
 
 
 def experts_of(streamed: Any) -> str:

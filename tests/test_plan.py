@@ -32,6 +32,7 @@ fields = st.fixed_dictionaries(
         "encode": options,
         "skip": st.none()
         | st.tuples(st.dictionaries(st.integers(0, 99), ratios, max_size=3), st.floats(0, 1)),
+        "top_k": st.none() | st.integers(1, 99),
         "made_by": options,
     }
 )

@@ -1,0 +1,178 @@
+"""Drop experts by every method and measure the loss: one table a model.
+
+    python experiments/drop/measure.py MODEL ... --data TRAIN.jsonl.xz --text VAL/*.txt
+        [--samples 64] [--windows 8] [-o RESULTS.json]
+    python experiments/drop/measure.py --tables RESULTS.json      this folder's README.md and
+                                                                  moecule/measured.json anew
+
+Calibrates once a model, with the sums of all methods; drops in memory what their plans drop, and
+measures on windows of 512, each method on the same ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moecule.ask import Ask, decide
+from moecule.calibrate import collect
+from moecule.data import Sampling, all_windows, read_texts
+from moecule.inventory import take_inventory
+from moecule.listing import MEASURED
+from moecule.measure import device_name, window_losses
+from moecule.moe import experts_of, find_layers, find_moe, put_experts, select_experts
+from moecule.plan import Drop, Plan
+from moecule.recipe import Recipe, load_recipe
+from moecule.session import Compute, load, stream, tokenizer_of
+from moecule.text import calibration_batches
+
+HERE = Path(__file__).parent
+COMPUTE = Compute(dtype="float32")
+WINDOW = 512
+SHARES = ("12.5%", "25%", "37.5%", "50%")
+HEAD = """# Dropping experts: every method, the same shares
+
+    python experiments/drop/measure.py {models} --data text/train_sample.jsonl.xz
+        --text text/val/{{prose,techdoc,python,c,maths,multilingual}}.txt -o experiments/drop/results.json
+    python experiments/drop/measure.py --tables experiments/drop/results.json
+
+(the first as one line.) Calibrated on {samples} windows of {window} tokens of train text, once for all
+methods; loss on held-out text of six domains, {windows} windows of {window} each, float32, {device}.
+Added loss in nats a token over the original, the mean of the domains' means, with the 95 % interval
+of the paired differences by window. Rows are in the order of the loss at 25 %. "over all layers":
+experts of all layers are ranked together. `zcode_random` is the mean of three draws.
+"""
+
+
+def cases() -> dict[str, tuple[Recipe, ...]]:
+    """{row: recipes, whose losses are averaged}"""
+    plain = ("reap", "ean", "man", "msan", "seer", "zcode", "easy_ep")
+    out = {name: (load_recipe(name),) for name in plain}
+    weighted = {"score.alpha": 1, "score.gamma": 1, "score.mean": False}
+    out["unified 0, 1, 1"] = (load_recipe("man", weighted),)
+    for name in ("seer", "zcode"):
+        out[f"{name}, over all layers"] = (load_recipe(name, {"score.budget": "model"}),)
+    draws = (load_recipe("zcode_random", {"score.seed": seed}) for seed in range(3))
+    out["zcode_random"] = tuple(draws)
+    return out
+
+
+def pruned(model: Any, family: Any, plan: Plan) -> Any:
+    """A copy without the experts that the plan drops; what `apply` writes is the same."""
+    model = copy.deepcopy(model)
+    layers = find_layers(model)[1]
+    for i, fates in plan.layers.items():
+        moe = find_moe(layers[i], family)
+        assert moe is not None
+        kept = [e for e, fate in enumerate(fates) if fate != Drop()]
+        put_experts(moe.experts, experts_of(moe.experts).select(kept))
+        select_experts(moe, kept, len(fates))
+    return model
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """All rows of one model."""
+    start, wanted = time.perf_counter(), cases()
+    streamed = stream(name, COMPUTE)
+    family, inventory = streamed.family, take_inventory(streamed)
+    sampling = Sampling(samples=args.samples, length=WINDOW)
+    needs = {s: None for recipes in wanted.values() for r in recipes for s in r.counted()}
+    stats = dict(collect(streamed, calibration_batches(streamed, args.data, sampling), [*needs]))
+    print(f"{name}: calibrated in {time.perf_counter() - start:.0f} s", flush=True)
+    model, tokenizer = load(name, COMPUTE), tokenizer_of(streamed.checkpoint.path)
+    windows = {
+        Path(t).stem: all_windows(tokenizer, read_texts(t), WINDOW)[: args.windows]
+        for t in args.text
+    }
+    known: dict[str, dict[str, list[float]]] = {}
+
+    def losses(plan: Plan) -> dict[str, list[float]]:
+        key = json.dumps([[str(f) for f in layer] for _, layer in sorted(plan.layers.items())])
+        if key not in known:
+            left = pruned(model, family, plan)
+            known[key] = {f: window_losses(left, w, 4).tolist() for f, w in windows.items()}
+        return known[key]
+
+    rows = []
+    for row, recipes in wanted.items():
+        for share in SHARES:
+            plans = [decide(r, Ask(drop=share), stats, inventory) for r in recipes]
+            of = [losses(plan) for plan in plans]
+            mean = {f: np.mean([d[f] for d in of], axis=0).tolist() for f in windows}
+            rows.append({"case": row, "share": share, "losses": mean})
+        print(f"{row}: {time.perf_counter() - start:.0f} s", flush=True)
+    return {
+        "model": Path(name).name,
+        "device": device_name(model.device),
+        "original": losses(inventory.untouched()),
+        "rows": rows,
+    }
+
+
+def added(losses: dict[str, list[float]], original: dict[str, list[float]]) -> tuple[float, float]:
+    """(mean of the files' mean differences, half width of its 95 % interval)"""
+    d = [np.asarray(losses[f]) - np.asarray(original[f]) for f in original]
+    spread = np.sqrt(sum(x.var(ddof=1) / len(x) for x in d)) / len(d)
+    return float(np.mean([x.mean() for x in d])), float(1.96 * spread)
+
+
+def tables(doc: dict[str, Any]) -> str:
+    """The page."""
+    names = " ".join(m["model"] for m in doc["models"])
+    first = doc["models"][0]["device"]
+    lines = [HEAD.format(models=names, device=first, window=WINDOW, **doc["settings"])]
+    for m in doc["models"]:
+        loss = np.mean([np.mean(v) for v in m["original"].values()])
+        lines += [f"## {m['model']} (loss {loss:.4f})\n", f"| | {' | '.join(SHARES)} |"]
+        lines.append("|---|" + "--:|" * len(SHARES))
+        found = {(r["case"], r["share"]): added(r["losses"], m["original"]) for r in m["rows"]}
+        for case in sorted(dict.fromkeys(c for c, _ in found), key=lambda c: found[c, "25%"]):
+            cells = [f"{found[case, s][0]:.3f} ± {found[case, s][1]:.3f}" for s in SHARES]
+            lines.append(f"| {case} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def measured(doc: dict[str, Any]) -> list[dict[str, Any]]:
+    """For moecule/measured.json: the packaged recipes at 25 %."""
+    out = []
+    for name in [n for n in cases() if "," not in n]:
+        nats = {}
+        for m in doc["models"]:
+            (row,) = [r for r in m["rows"] if (r["case"], r["share"]) == (name, "25%")]
+            nats[m["model"]] = round(added(row["losses"], m["original"])[0], 3)
+        source = "experiments/drop"
+        out.append({"recipe": name, "at": "25% dropped", "added_nats": nats, "source": source})
+    return out
+
+
+def main() -> None:
+    """Measure, or write the tables."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("models", nargs="*")
+    parser.add_argument("--data")
+    parser.add_argument("--text", nargs="+")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("-o", "--out", default="results.json")
+    parser.add_argument("--tables")
+    args = parser.parse_args()
+    if args.tables:
+        doc = json.loads(Path(args.tables).read_text())
+        (HERE / "README.md").write_text(tables(doc))
+        others = [c for c in json.loads(MEASURED.read_text()) if c["source"] != "experiments/drop"]
+        MEASURED.write_text(json.dumps(measured(doc) + others, indent=1) + "\n")
+        return
+    settings = {"samples": args.samples, "windows": args.windows}
+    doc = {"settings": settings, "models": [measure(name, args) for name in args.models]}
+    Path(args.out).write_text(json.dumps(doc) + "\n")
+
+
+if __name__ == "__main__":
+    main()
