@@ -29,7 +29,7 @@ test: lint
 test-all: lint
 	$(BIN)/pytest -n 2
 
-# all laws over all families, and README's table of them
+# all laws over all families, and README's tables of families and methods
 conform: $(VENV)/.ready
 	$(BIN)/python tests/conform.py -n 2
 	$(BIN)/python tests/conform.py --readme

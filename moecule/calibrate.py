@@ -21,6 +21,19 @@ from moecule.walk import Tick, Walked, walk, walk_back
 Sums = dict[str, Tensor]  # by the statistic's name: [E, ...] of experts, [...] of the layer
 
 
+def countable(
+    streamed: Streamed, statistics: Sequence[Statistic], needed: Sequence[Statistic] = ()
+) -> tuple[Statistic, ...]:
+    """Those of the statistics that the model has; the needed ones whether it has them or not.
+
+    Where experts live in another width than the residual stream, how far they turn it is not seen.
+    """
+    moes = [moe for i in range(len(streamed.layers)) if (moe := streamed.moe(i))]
+    width = streamed.model.config.get_text_config().hidden_size
+    inside = all(experts_of(m.experts).down.shape[1] == width for m in moes)
+    return tuple(s for s in statistics if inside or not s.turned or s in needed)
+
+
 def collect(
     streamed: Streamed,
     batches: Sequence[Batch],

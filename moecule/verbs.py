@@ -17,7 +17,7 @@ from moecule.ask import Ask as Ask  # the request is part of what the verbs take
 from moecule.ask import decide
 from moecule.batch import Batch, digest, n_tokens, shape_of
 from moecule.budget import Inventory
-from moecule.calibrate import collect
+from moecule.calibrate import collect, countable
 from moecule.data import Sampling
 from moecule.errors import CheckpointError, DataError, OutputError, PlanError, RecipeError
 from moecule.files import write_text
@@ -25,7 +25,6 @@ from moecule.folder import made_of, remains, write_config
 from moecule.hf import Streamed
 from moecule.inventory import take_inventory
 from moecule.journal import Journal, Trail, journal_of, placed, sweep
-from moecule.moe import experts_of
 from moecule.plan import Drop, Plan
 from moecule.recipe import Recipe, load_recipe, part_of
 from moecule.session import (
@@ -38,7 +37,7 @@ from moecule.session import (
     ticker,
     trail_of,
 )
-from moecule.stats import COUNT, Statistic, load_stats, save_layer, save_meta, stats_digest
+from moecule.stats import COUNT, load_stats, save_layer, save_meta, stats_digest
 from moecule.text import calibration_batches
 from moecule.verify import keep_probe, probe_of, verify
 from moecule.writer import Writer, check_out, move_into
@@ -67,7 +66,7 @@ def calibrate(
         check_out(out, placed(out))
     streamed = stream(model, compute)
     batches = calibration_batches(streamed, data, chosen.data)
-    needs = _countable(streamed, chosen)
+    needs = countable(streamed, chosen.counted(), chosen.needs())
     inputs = _inputs(streamed, batches, chosen.data) | {"statistics": sorted(s.name for s in needs)}
     if done:
         meta = _read_stats(out)[1]
@@ -104,14 +103,6 @@ def calibrate(
                 save_meta(meta, made)
         _put_in_place(journal, out)
     return out
-
-
-def _countable(streamed: Streamed, recipe: Recipe) -> tuple[Statistic, ...]:
-    """What calibrating counts; what the recipe does not read itself only where the model has it."""
-    moes = [moe for i in range(len(streamed.layers)) if (moe := streamed.moe(i))]
-    width = streamed.model.config.get_text_config().hidden_size
-    inside = all(experts_of(m.experts).down.shape[1] == width for m in moes)
-    return tuple(s for s in recipe.counted() if inside or not s.turned or s in recipe.needs())
 
 
 MADE = "made"  # in the journal's folder: what is to become the output

@@ -1,7 +1,7 @@
 """Run the laws over every family and write what was found to moecule/families.json.
 
 python tests/conform.py              some minutes; after a change of a family or of transformers
-python tests/conform.py --readme     the table of README.md anew
+python tests/conform.py --readme     the tables of README.md anew, of families and of methods
 """
 
 from __future__ import annotations
@@ -34,13 +34,15 @@ class Outcomes:
 
 README = HERE.parent / "README.md"
 TABLE = re.compile(r"^\| families \| \|\n(?:\|.*\n)+", re.MULTILINE)
+METHODS = re.compile(r"^\| method \|.*\n(?:\|.*\n)+", re.MULTILINE)
 
 
 def write_readme() -> None:
-    """Put the table of families into README.md."""
-    from moecule.catalogue import readme_table
+    """Put the tables of families and of methods into README.md."""
+    from moecule import catalogue, listing
 
-    README.write_text(TABLE.sub(lambda match: readme_table(), README.read_text(), count=1))
+    text = TABLE.sub(lambda match: catalogue.readme_table(), README.read_text(), count=1)
+    README.write_text(METHODS.sub(lambda match: listing.readme_table(), text, count=1))
 
 
 def main() -> int:

@@ -24,7 +24,7 @@ from moecule.checkpoint import Checkpoint
 from moecule.drop import kept_of, n_left, parse_share, shares
 from moecule.errors import CheckpointError, PlanError, RecipeError
 from moecule.experts import Expert
-from moecule.family import load_family
+from moecule.family import TOP_K_KEYS, load_family
 from moecule.inventory import take_inventory
 from moecule.method import load_all
 from moecule.methods import ean, easy_ep, reap, seer, unified, zcode
@@ -370,11 +370,12 @@ SUMMED = [
 
 @every_family
 def test_a_router_that_picks_fewer_does_so_in_the_file_too(name, tmp_path):
-    changes = {"num_experts_per_tok": 4}
+    known = every.config(name).get_text_config().to_dict()
+    changes = {key: 4 for key in TOP_K_KEYS if key in known or key in every.BASE}
     source, out, batches = tmp_path / "source", tmp_path / "out", tiny.tokens(2)
     tiny.save(name, source, **changes)
     streamed = tiny.stream(source)
-    groups = streamed.family.n_groups(streamed.model.config)
+    groups = streamed.family.n_groups(streamed.model.config.get_text_config())
     left = 4 // groups if groups > 1 else 3
     plan = tiny.plan(streamed, lambda i, e: Keep() if e % (8 // groups) < left else Drop())
     with pytest.raises(PlanError, match="give the plan a smaller top_k"):

@@ -9,6 +9,7 @@ from pathlib import Path
 import conform
 import every
 import pytest
+import test_drop as drop
 import test_laws as laws
 import test_laws_written as written
 import tiny
@@ -76,6 +77,13 @@ def test_dropping(name, fate, checkpoint, tmp_path):
     written.test_dropping_experts_equals_masking_them_in_the_router(
         name, fate, checkpoint, tmp_path
     )
+
+
+@pytest.mark.slow
+@each
+def test_picking_fewer(name, tmp_path):
+    if name != "phimoe":  # it picks two, by a rule for two
+        drop.test_a_router_that_picks_fewer_does_so_in_the_file_too(name, tmp_path)
 
 
 @pytest.mark.slow

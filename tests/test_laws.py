@@ -9,7 +9,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from moecule.calibrate import collect, seen_by
+from moecule.calibrate import collect, countable, seen_by
 from moecule.methods import hawq, odp, pmq
 from moecule.moe import listening
 from moecule.stats import COSINE, DROPPING, HIDDEN_SQ, MASS, TOKENS
@@ -132,7 +132,9 @@ def test_sums_of_two_shards_add_up_to_those_of_the_whole(name, checkpoint):
 @every_family
 def test_every_statistic_is_a_finite_float64_sum_by_expert_or_layer(name, checkpoint):
     streamed = tiny.stream(checkpoint(name))
-    needs = (*SUMS, SQUARED, hawq.sensitivity(hawq.Options(group=16)))
+    every = (*SUMS, SQUARED, hawq.sensitivity(hawq.Options(group=16)))
+    needs = countable(streamed, every)
+    assert needs == every or name == "muse_spark"  # its experts live in another width
     for i, sums in collect(streamed, tiny.tokens(2), needs):
         for statistic in needs:
             value = sums[statistic.name]
