@@ -90,7 +90,7 @@ def rows(found: Sequence[Listed]) -> list[tuple[str, ...]]:
     for m in found:
         costs = [
             f"{c.recipe}, {c.at}: "
-            + ", ".join(f"{nats:.3f} ({model})" for model, nats in c.added_nats.items())
+            + ", ".join(f"{nats:g} ({model})" for model, nats in c.added_nats.items())
             for c in m.measured
         ]
         part = ", ".join(DOES[p] for p in m.parts)
