@@ -8,6 +8,7 @@ earlier layers.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Literal
@@ -134,7 +135,8 @@ def _check_layer(e: LayerExperts, share: float, asked: str, *, clamp: bool) -> N
     size, left = e.n // e.groups, n_left(e, share)
     where = f"{size} experts in each of {e.groups} groups" if e.groups > 1 else f"{e.n} experts"
     if left == e.n:
-        raise RecipeError(f"{asked}, which of {where} is not one; the least is {1 / size:.4g}")
+        least = math.ceil(10**4 / size) / 10**4
+        raise RecipeError(f"{asked}, which of {where} is not one; the least is {least:g}")
     if e.groups > 1 and left // e.groups < IN_GROUP:
         raise RecipeError(
             f"{asked}, and of {where} {IN_GROUP} must stay; the most is {1 - IN_GROUP / size:.4g}"

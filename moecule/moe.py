@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from moecule.errors import CheckpointError
 from moecule.experts import Experts, Gate
 from moecule.family import Family
+from moecule.turn import Before, turn_of
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,8 @@ def listening(
     Hidden states are put aside on `device`, if given. `turned`: how far the routed experts turn the
     residual stream is noted too, which raises CheckpointError where that stream is not found.
     """
-    heard, before = Heard(device, outputs), _Before(moe)
+    heard = Heard(device, outputs)
+    before = Before(moe.layer, moe.block if moe.name else None)
 
     def on_experts(
         module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Tensor
@@ -283,52 +285,3 @@ def listening(
     finally:
         for handle in handles:
             handle.remove()
-
-
-class _Before:
-    """Finds the residual stream that a MoE block reads: what its norm was given, or its own input."""
-
-    def __init__(self, moe: Moe) -> None:
-        self.moe = moe
-        self.given: Tensor | None = None  # to the block
-        self.norms: list[tuple[Tensor, Tensor]] = []  # (input, output) of the layer's own norms
-
-    def hooks(self) -> list[Any]:
-        """Listening to the layer's norms and the block."""
-
-        def on_norm(module: Any, args: tuple[Tensor, ...], out: Tensor) -> None:
-            self.norms.append((args[0].detach(), out.detach()))
-
-        def on_block(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-            self.given = found[0].detach()
-
-        norms = [m for m in self.moe.layer.children() if "norm" in type(m).__name__.lower()]
-        handles = [m.register_forward_hook(on_norm) for m in norms]
-        if self.moe.name:  # else the block is the layer, and what the experts are given is a norm's
-            handles.append(self.moe.block.register_forward_pre_hook(on_block, with_kwargs=True))
-        return handles
-
-    def of(self, x: Float[Tensor, "T _N"], out: Float[Tensor, "T H"]) -> Float[Tensor, "T H"]:
-        """Of the experts' input and output. Raises CheckpointError where the stream is not found."""
-        read = x if self.given is None else self.given
-        found = [h for h, normed in self.norms if normed.data_ptr() == read.data_ptr()]
-        whole = self.given if not found else found[-1]
-        self.norms.clear()
-        if whole is None or whole.numel() != out.numel():
-            raise CheckpointError(
-                f"{type(self.moe.layer).__name__}: the residual stream before its experts is not "
-                "found, which this recipe reads; use another, such as reap"
-            )
-        return whole.reshape(out.shape)
-
-
-@torch.no_grad()
-def turn_of(before: Float[Tensor, "T H"], added: Float[Tensor, "T H"]) -> Float[Tensor, " T"]:
-    """1 - cosine of `before` and `before + added`: half the square between the two unit vectors.
-
-    So written it keeps its figures where it is small, and is never below 0.
-    """
-    a, b = before.float(), before.float() + added.float()
-    unit = nn.functional.normalize
-    return (unit(a, dim=-1) - unit(b, dim=-1)).square().sum(-1) / 2

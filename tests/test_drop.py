@@ -229,6 +229,7 @@ GROUPED = layer(16, 4, groups=4, top_groups=2)  # 2 of each group are needed
         (REAP, layer(8), Ask(drop="10%"), "which of 8 experts is not one; the least is 0.125"),
         (REAP, layer(8), Ask(drop="87.5%"), "leaves 1 of 8 in a layer, and the router picks 2 a"),
         (REAP, layer(8), Ask(drop="87.5%"), r"the most is 0.75, or let it pick 1 \(--clamp\)"),
+        (REAP, layer(9), Ask(drop="11.11%"), "which of 9 experts is not one; the least is 0.1112"),
         (REAP, GROUPED, Ask(drop="20%"), "4 experts in each of 4 groups is not one; the least is"),
         (REAP, GROUPED, Ask(drop="75%"), "groups 2 must stay; the most is 0.5"),
         (REAP, layer(16, 6, 4, 2), Ask(drop="50%"), "6 a token from 2 of 4 groups; the most is"),
@@ -369,7 +370,8 @@ SUMMED = [
 
 
 @every_family
-def test_a_router_that_picks_fewer_does_so_in_the_file_too(name, tmp_path):
+@pytest.mark.parametrize("keep", [Keep(), Keep(8, 16)])
+def test_a_router_that_picks_fewer_does_so_in_the_file_too(name, keep, tmp_path):
     known = every.config(name).get_text_config().to_dict()
     changes = {key: 4 for key in TOP_K_KEYS if key in known or key in every.BASE}
     source, out, batches = tmp_path / "source", tmp_path / "out", tiny.tokens(2)
@@ -377,12 +379,12 @@ def test_a_router_that_picks_fewer_does_so_in_the_file_too(name, tmp_path):
     streamed = tiny.stream(source)
     groups = streamed.family.n_groups(streamed.model.config.get_text_config())
     left = 4 // groups if groups > 1 else 3
-    plan = tiny.plan(streamed, lambda i, e: Keep() if e % (8 // groups) < left else Drop())
+    plan = tiny.plan(streamed, lambda i, e: keep if e % (8 // groups) < left else Drop())
     with pytest.raises(PlanError, match="give the plan a smaller top_k"):
         tiny.write(streamed, plan, out, batches)
     picked = left if groups == 1 else 2
     done = tiny.write(streamed, replace(plan, top_k=picked), out, batches)
-    assert Checkpoint.open(out).config["model_type"] == name
+    assert Checkpoint.open(out).config["model_type"] == (name if keep == Keep() else "moecule")
     model = tiny.load(out)
     for batch, hidden in zip(batches, done.last, strict=True):
         with torch.no_grad():

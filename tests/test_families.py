@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moecule
+from moecule import turn
+from moecule.calibrate import collect
 from moecule.catalogue import FOUND, catalogue, readme_table, served_by_transformers
 from moecule.errors import CheckpointError
 from moecule.families import REFUSED
@@ -26,6 +28,7 @@ from moecule.journal import HIDDEN, Trail, journal_of
 from moecule.plan import Keep
 from moecule.recipe import load_recipe
 from moecule.session import Compute, stream_any
+from moecule.stats import TURN_COEF_NORM
 from moecule.walk import walk
 
 SERVED = [n for n in family_names() if n in every.known() and every.is_new_enough(n)]
@@ -83,7 +86,26 @@ def test_dropping(name, fate, checkpoint, tmp_path):
 @each
 def test_picking_fewer(name, tmp_path):
     if name != "phimoe":  # it picks two, by a rule for two
-        drop.test_a_router_that_picks_fewer_does_so_in_the_file_too(name, tmp_path)
+        drop.test_a_router_that_picks_fewer_does_so_in_the_file_too(name, Keep(), tmp_path)
+
+
+@pytest.mark.slow
+@each
+def test_the_norm_before_the_experts_is_found(name, checkpoint, monkeypatch):
+    if name == "muse_spark":
+        pytest.skip("its experts live in another width; test_drop.py has what it says")
+    found, of = [], turn.Before.of
+
+    def noting(self, x, out):
+        read = x if self.given is None else self.given
+        found.append(any(normed.data_ptr() == read.data_ptr() for _, normed in self.norms))
+        return of(self, x, out)
+
+    monkeypatch.setattr(turn.Before, "of", noting)
+    for _ in collect(tiny.stream(checkpoint(name)), tiny.tokens(), [TURN_COEF_NORM]):
+        pass
+    # the one norms what its blocks give; the other's blocks are given a mix of several streams
+    assert set(found) == {name not in ("flex_olmo", "qwen4_exp")}
 
 
 @pytest.mark.slow

@@ -13,7 +13,8 @@ For a domain, calibrate on a few of its questions with the model's own answers.
 Differences from the paper:
 - Lengths and cosines are in float32 or wider; their code takes lengths in the model's dtype.
 - s is half the squared distance of the unit vectors, which is the same, exact where s is small.
-- Where a family scales or normalises what a block adds to the stream, y is before that.
+- Where a family scales or normalises what a block adds to the stream, y is before that; where its
+  layers hand on several streams, h is what the block is given of them.
 """
 
 from __future__ import annotations
