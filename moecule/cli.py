@@ -18,10 +18,13 @@ from moecule.interrupt import Verbs
 from moecule.options import (
     Bits,
     Clamp,
+    Compiled,
     Context,
     Data,
     Device,
     Dtype,
+    Exact,
+    ExpertCache,
     Fit,
     Gone,
     Json,
@@ -312,18 +315,9 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     skip: SkipFlag = False,
-    exact: Annotated[
-        bool, typer.Option("--exact", help="Do not round activations to int8 where it is faster.")
-    ] = False,
-    compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile a step into a CUDA graph first.")
-    ] = False,
-    expert_cache: Annotated[
-        str | None,
-        typer.Option(
-            help="Experts in host memory, so many bytes of the GPU for those used most: 8GB."
-        ),
-    ] = None,
+    exact: Exact = False,
+    compiled: Compiled = False,
+    expert_cache: ExpertCache = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust: Trust = False,

@@ -48,3 +48,13 @@ Texts = Annotated[
     list[Path] | None, typer.Option("--text", help="Text to evaluate on, as --data; may repeat.")
 ]
 SkipFlag = Annotated[bool, typer.Option("--skip", help="With the online skipping saved in it.")]
+Exact = Annotated[
+    bool, typer.Option("--exact", help="Do not round activations to int8 where it is faster.")
+]
+Compiled = Annotated[
+    bool, typer.Option("--compile", help="Compile a step into a CUDA graph first.")
+]
+ExpertCache = Annotated[
+    str | None,
+    typer.Option(help="Experts in host memory, so many bytes of the GPU for those used most: 8GB."),
+]
