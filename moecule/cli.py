@@ -48,6 +48,7 @@ from moecule.show import (
     print_change,
     print_json,
     print_one,
+    print_table,
     say,
 )
 
@@ -109,10 +110,7 @@ def families(json_: Json = False) -> None:
     if json_:
         print_json([asdict(family) for family in found])
         return
-    shown = Table("family", "status", "reason", box=None)
-    for family in found:
-        shown.add_row(family.name, family.status, family.reason)
-    out_console.print(shown)
+    print_table([("family", "status", "reason"), *((f.name, f.status, f.reason) for f in found)])
 
 
 @app.command()
@@ -124,11 +122,7 @@ def methods(json_: Json = False) -> None:
     if json_:
         print_json([asdict(method) for method in found])
         return
-    head, *rest = rows(found)
-    shown = Table(*head, box=None)
-    for row in rest:
-        shown.add_row(*row)
-    out_console.print(shown)
+    print_table(rows(found))
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -63,6 +63,14 @@ def print_one(result: Any) -> None:
             shown.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
     for name, loss in result.by_file.items():
         shown.add_row(f"loss on {name}", f"{loss.loss_nats:.4f}")
+    out_console.print(shown)
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Rows under the first, which is the head."""
+    shown = Table(*rows[0], box=None)
+    for row in rows[1:]:
+        shown.add_row(*row)
     out_console.print(shown)
 
 
