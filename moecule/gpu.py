@@ -19,17 +19,15 @@ from transformers.integrations.moe import _default_apply_gate
 
 from moecule import dense
 from moecule.kernels import grouped, grouped_int8, ops, unpack
-from moecule.kernels.combine import combined
 from moecule.kernels.matrices import Matrices
 from moecule.kernels.sort import Sorted
 from moecule.moe import activated, end_of, ended
 from moecule.packed import packed_of
 
-# Where ways cross, by bench.kernels on an H100. Pairs an expert up to which reading codes anew for every
-# pair is fastest, with activations rounded and as they are; and from which on unpacking once is, where
-# an expert's weights are so many that they are worth launches of their own
-FEW_PAIRS, FEW_EXACT = 3, 0.15
-MANY_PAIRS, LARGE = 320, 2**24
+# Where ways cross, by bench.kernels on an H100, in pairs an expert: up to which reading codes anew for
+# every pair is fastest; and from which on unpacking once is, with activations rounded and as they are,
+# where an expert's weights are so many that they are worth launches of their own
+FEW_PAIRS, MANY_PAIRS, MANY_EXACT, LARGE = 1, 620, 256, 2**24
 
 
 def experts_there(module: Any) -> tuple[Matrices, Matrices] | None:
@@ -79,14 +77,15 @@ def experts_forward(
     if module.uses is not None:
         pairs = idx.flatten()
         module.uses.scatter_add_(0, pairs, torch.ones_like(pairs, dtype=torch.int32))
-    each = idx.numel() / len(up)
-    full = module.exact and hidden.dtype == torch.float32  # the matrix units take 16 bits
-    if each <= (FEW_EXACT if module.exact and not full else FEW_PAIRS):
+    each, exact = idx.numel() / len(up), module.exact
+    full = exact and hidden.dtype == torch.float32  # the matrix units take 16 bits
+    many = each >= (MANY_EXACT if exact else MANY_PAIRS) and up.rows * up.columns >= LARGE
+    if each <= FEW_PAIRS and (full or not exact):
         how = _few
-    elif full or _is_far(module, each) or each >= MANY_PAIRS and up.rows * up.columns >= LARGE:
+    elif full or many or _is_far(module, each):
         how = _unpacked
     else:
-        how = _grouped if module.exact else _grouped_int8
+        how = _grouped if exact else _grouped_int8
     return how(module, up, down, hidden, idx, coef)
 
 
@@ -101,27 +100,27 @@ def _is_far(module: Any, each: float) -> bool:
 def _grouped(
     module: Any, up: Matrices, down: Matrices, hidden: Tensor, idx: Tensor, coef: Tensor
 ) -> Tensor:
-    pairs, top_k = Sorted.of(idx.flatten(), len(up), grouped.CUTS), idx.shape[1]
-    y = grouped.grouped(grouped.arranged(hidden, up), pairs.order // top_k, up, pairs)
+    pairs, top_k = ops.sorted_pairs(idx.flatten(), len(up), grouped.CUTS), idx.shape[1]
+    y = ops.exact_products(ops.arranged(hidden, up), pairs.order // top_k, up, pairs)
     if _is_swiglu(module):
-        act = grouped.arranged(y, down, gated=True)
+        act = ops.arranged(y, down, gated=True)
     else:
-        act = grouped.arranged(_activated(module, y, pairs, idx), down)
+        act = ops.arranged(_activated(module, y, pairs, idx), down)
     each = torch.arange(len(y), device=y.device)
-    return _added(module, grouped.grouped(act, each, down, pairs), pairs.places, idx, coef)
+    return _added(module, ops.exact_products(act, each, down, pairs), pairs.places, idx, coef)
 
 
 def _grouped_int8(
     module: Any, up: Matrices, down: Matrices, hidden: Tensor, idx: Tensor, coef: Tensor
 ) -> Tensor:
-    pairs, top_k = Sorted.of(idx.flatten(), len(up), grouped_int8.CUTS), idx.shape[1]
-    x = grouped_int8.tiled(hidden, pairs.order // top_k, up, pairs)
-    y = grouped_int8.products(x, up, pairs, hidden.dtype)
+    pairs, top_k = ops.sorted_pairs(idx.flatten(), len(up), grouped_int8.CUTS), idx.shape[1]
+    x = ops.tiled(hidden, pairs.order // top_k, up, pairs)
+    y = ops.tiled_products(x, up, pairs, hidden)
     if _is_swiglu(module):
-        act = grouped_int8.tiled(y, None, down, pairs, gated=True)
+        act = ops.tiled(y, None, down, pairs, gated=True)
     else:
-        act = grouped_int8.tiled(_activated(module, y, pairs, idx), None, down, pairs)
-    out = grouped_int8.products(act, down, pairs, hidden.dtype)
+        act = ops.tiled(_activated(module, y, pairs, idx), None, down, pairs)
+    out = ops.tiled_products(act, down, pairs, hidden)
     return _added(module, out, pairs.places, idx, coef)
 
 
@@ -140,7 +139,7 @@ def _added(
 ) -> Float[Tensor, "T H"]:
     """Each token's experts added up; places: of the pairs in out."""
     if _ends_plainly(module):
-        return combined(out, idx, coef, module.num_experts, out.dtype, places)
+        return ops.combined(out, idx, coef, module.num_experts, out, places)
     return _weighted(module, out[places], idx, coef)
 
 

@@ -25,7 +25,7 @@ from moecule.kernels import activations, gemv, grouped_int8, routing, unpack
 from moecule.kernels.combine import combined
 from moecule.kernels.grouped import CUTS, arranged, grouped
 from moecule.kernels.matrices import Matrices
-from moecule.kernels.sort import Sorted
+from moecule.kernels.sort import sorted_pairs
 from moecule.packed import Packed, pack
 from moecule.plan import Keep
 
@@ -227,7 +227,7 @@ def test_thin_products_are_those_of_torch(rows, columns, dtype, fenced):
 
 def test_sorted_pairs_are_cut_into_tiles_of_one_expert():
     idx = torch.tensor([2, 0, 5, 2, 2, 5, 0, 4] * 12, device=DEVICE)  # 5 is nobody
-    found = Sorted.of(idx, 5, CUTS)
+    found = sorted_pairs(idx, 5, CUTS)
     seen = []
     for e, first, count in found.tiles.tolist():
         pairs = found.order[first : first + count]
@@ -251,7 +251,7 @@ def test_grouped_products_are_those_of_unpacked_weights(
     of, x = matrices(weights), tiny.normal(tokens, columns).to(DEVICE, dtype)
     g = torch.Generator().manual_seed(0)
     idx = torch.stack([torch.randperm(n + 1, generator=g)[:2] for _ in range(tokens)]).to(DEVICE)
-    pairs = Sorted.of(idx.flatten(), n, CUTS)
+    pairs = sorted_pairs(idx.flatten(), n, CUTS)
     y = grouped(arranged(x, of), pairs.order // 2, of, pairs)
     for place, pair in enumerate(pairs.order.tolist()):
         e = int(idx.flatten()[pair])
@@ -279,7 +279,7 @@ def test_grouped_products_of_rounded_activations(columns, group, tokens, fenced,
     rounded = ((padded / d).round() * d).flatten(1)[:, :columns].double()
     g = torch.Generator().manual_seed(0)
     idx = torch.stack([torch.randperm(n + 1, generator=g)[:2] for _ in range(tokens)]).to(DEVICE)
-    pairs = Sorted.of(idx.flatten(), n, grouped_int8.CUTS)
+    pairs = sorted_pairs(idx.flatten(), n, grouped_int8.CUTS)
     given = grouped_int8.tiled(x, pairs.order // 2, of, pairs)
     y = grouped_int8.products(given, of, pairs, torch.float32)
     for pair, place in enumerate(pairs.places.tolist()):
@@ -309,7 +309,7 @@ def test_grouped_products_of_whole_numbers_are_exact():
                 )
                 x, nought = x.to(DEVICE, dtype), torch.zeros(tokens, dtype=torch.int64)
                 of = matrices([packed])
-                pairs = Sorted.of(nought.to(DEVICE), 1, CUTS)
+                pairs = sorted_pairs(nought.to(DEVICE), 1, CUTS)
                 y = grouped(arranged(x, of), pairs.order, of, pairs)
                 want = x.double() @ packed.dequantize().double().mT
                 assert torch.equal(y, want[pairs.order].to(dtype))
@@ -319,7 +319,6 @@ def test_grouped_products_of_whole_numbers_are_exact():
 @pytest.mark.parametrize("how", ["exact", "int8", "grouped", "grouped int8", "unpacked"])
 def test_experts_do_what_torch_makes_of_them(name, how, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "FEW_PAIRS", 1000 if how in ("exact", "int8") else 0)
-    monkeypatch.setattr(gpu, "FEW_EXACT", 0)
     streamed = tiny.stream(checkpoint(name))
     plan = tiny.plan(streamed, lambda i, e: Keep(MIXED[e % len(MIXED)], 32))
     tiny.write(streamed, plan, tmp_path / "out", tiny.tokens(2))
@@ -355,6 +354,18 @@ def test_a_compiler_takes_a_decoding_step_whole(tmp_path):
     assert found["operators"] == ["combined", "gated", "picked", "products", "rounded", "thin"]
     assert found["off_by"] < 1e-5
     assert found["run"][0] == found["run"][1] < 1
+
+
+def test_a_compiler_takes_grouped_products_too(tmp_path):
+    script = Path(__file__).with_name("traced.py")
+    run = subprocess.run(
+        [sys.executable, script, "mixtral", tmp_path, "many"], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["graphs"] == 2  # one for each kind of activations
+    assert found["off_by"] < 1e-3
+    assert {"arranged", "grouped", "grouped_int8", "sorted", "tiled"} < {*found["operators"]}
 
 
 def test_nothing_spills_on_an_h100():

@@ -33,6 +33,23 @@ Activations = Rounded | Float[Tensor, "T N"]  # rounded, or as they are
 
 @triton.jit
 @no_type_check
+def _put_gated(
+    y, y_ptr, y8_ptr, yd_ptr, ys_ptr, to, m, to_blocks, rows: tl.constexpr, to_parts: tl.constexpr
+):  # fmt: skip
+    """Store silu(gate) * up of row `to`, rounded for what `to_parts` names; the gate's y come first."""
+    half: tl.constexpr = rows // 2
+    gate, up = tl.split(tl.permute(tl.reshape(y, (2, half)), (1, 0)))
+    column = tl.program_id(0) * half + tl.arange(0, half)
+    act = tl.where(column < m // 2, gate / (1.0 + tl.exp(-gate)) * up, 0.0)
+    if to_parts:
+        block = tl.program_id(0) + tl.arange(0, 1)
+        put_rounded(act[None, :], y8_ptr, yd_ptr, ys_ptr, to, block, to_blocks, to_parts)
+    else:
+        tl.store(y_ptr + to * (m // 2) + column, act, mask=column < m // 2)
+
+
+@triton.jit
+@no_type_check
 def _product_kernel(
     x8_ptr, d_ptr, s_ptr, x_ptr, table_ptr, idx_ptr, y_ptr,
     y8_ptr, yd_ptr, ys_ptr, m, columns, blocks, experts, share, to_blocks,
@@ -107,14 +124,7 @@ def _product_kernel(
                 y += more * tl.exp2(low.to(tl.float32))
     to = pair.to(tl.int64)
     if gated:
-        gate, up = tl.split(tl.permute(tl.reshape(y, (2, half)), (1, 0)))
-        column = tl.program_id(0) * half + tl.arange(0, half)
-        act = tl.where(column < m // 2, gate / (1.0 + tl.exp(-gate)) * up, 0.0)
-        if to_parts:
-            block = tl.program_id(0) + tl.arange(0, 1)
-            put_rounded(act[None, :], y8_ptr, yd_ptr, ys_ptr, to, block, to_blocks, to_parts)
-        else:
-            tl.store(y_ptr + to * (m // 2) + column, act, mask=column < m // 2)
+        _put_gated(y, y_ptr, y8_ptr, yd_ptr, ys_ptr, to, m, to_blocks, rows, to_parts)
     else:
         tl.store(y_ptr + to * m + row, y.to(y_ptr.dtype.element_ty), mask=there)
 

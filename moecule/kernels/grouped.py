@@ -18,8 +18,7 @@ Two codes are taken out of a word at a time, 16 columns apart, as the matrix uni
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import torch
 import triton
@@ -220,8 +219,7 @@ def _arrange_kernel(
     tl.store(at, tl.reshape(ordered, (each, 32 * n)), mask=here[:, None])
 
 
-@dataclass(frozen=True)
-class Arranged:
+class Arranged(NamedTuple):
     """Activations in the order of the codes, and their sums over a step's columns."""
 
     x: Float[Tensor, "T padded"]

@@ -17,8 +17,7 @@ where the bracket is a whole number but for the zero point, and exact.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import torch
 import triton
@@ -191,8 +190,7 @@ def _round_kernel(
                 tl.store(to + i * x_all.to(tl.int64), ordered, mask=(step < steps)[:, None])
 
 
-@dataclass(frozen=True)
-class Tiled:
+class Tiled(NamedTuple):
     """Activations of all tiles: int8 in the order of each part; scales, and sums of the int8."""
 
     x8: Int8[Tensor, "parts tiles tokens padded"]

@@ -1,19 +1,23 @@
-"""The kernels for few tokens as torch operators, which torch.compile takes as they are.
+"""The kernels as torch operators, which torch.compile takes as they are.
 
 A `Matrices` is passed in pieces: its table, and whole numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moecule.kernels import activations, combine, gemv, routing
+from moecule.kernels import activations, combine, gemv, grouped, grouped_int8, routing, sort
+from moecule.kernels.grouped import Arranged
+from moecule.kernels.grouped_int8 import Tiled
 from moecule.kernels.matrices import Matrices
+from moecule.kernels.sort import Sorted
+from moecule.packed import BLOCK
 
 
 def pieces(of: Matrices) -> tuple[Tensor, list[int]]:
@@ -90,12 +94,99 @@ def _gated_fake(
     return _room(x[0], len(idx), -(-down_how[1] // 32))
 
 
-def _combined(y: Tensor, idx: Tensor, coef: Tensor, experts: int, as_: Tensor) -> Tensor:
-    return combine.combined(y, idx, coef, experts, as_.dtype)
+def _combined(
+    y: Tensor, idx: Tensor, coef: Tensor, experts: int, as_: Tensor, places: Tensor | None
+) -> Tensor:
+    return combine.combined(y, idx, coef, experts, as_.dtype, places)
 
 
-def _combined_fake(y: Tensor, idx: Tensor, coef: Tensor, experts: int, as_: Tensor) -> Tensor:
+def _combined_fake(
+    y: Tensor, idx: Tensor, coef: Tensor, experts: int, as_: Tensor, places: Tensor | None
+) -> Tensor:
     return as_.new_empty(len(idx), y.shape[1])
+
+
+def _sorted(idx: Tensor, experts: int, sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    made = sort.sorted_pairs(idx, experts, sizes)
+    return made.order, made.places, made.tiles
+
+
+def _sorted_fake(idx: Tensor, experts: int, sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    tiles = sort.cut_of(len(idx), experts, sizes)[1]
+    table = idx.new_empty(tiles, 3, dtype=torch.int32)
+    return torch.empty_like(idx), torch.empty_like(idx), table
+
+
+def _sorted_of(pairs: Sequence[Tensor], tokens: int) -> Sorted:
+    order, places, tiles = pairs
+    return Sorted(order, places, tiles, tokens)
+
+
+def _arranged(x: Tensor, at: Tensor, how: list[int], gated: bool) -> tuple[Tensor, Tensor]:
+    made = grouped.arranged(x, whole(at, how), gated=gated)
+    return made.x, made.sums
+
+
+def _arranged_fake(x: Tensor, at: Tensor, how: list[int], gated: bool) -> tuple[Tensor, Tensor]:
+    steps, columns = _steps(at, how)
+    return x.new_empty(len(x), steps * columns), x.new_empty(len(x), steps, dtype=torch.float32)
+
+
+def _steps(at: Tensor, how: list[int]) -> tuple[int, int]:
+    """(steps, columns of each) of a grouped product."""
+    of = whole(at, how)
+    n = grouped.blocks_of(of)
+    return -(-of.blocks // n), n * BLOCK
+
+
+def _grouped(
+    x: Tensor, sums: Tensor, given: Tensor, pairs: list[Tensor], tokens: int, at: Tensor,
+    how: list[int],
+) -> Tensor:  # fmt: skip
+    return grouped.grouped(Arranged(x, sums), given, whole(at, how), _sorted_of(pairs, tokens))
+
+
+def _grouped_fake(
+    x: Tensor, sums: Tensor, given: Tensor, pairs: list[Tensor], tokens: int, at: Tensor,
+    how: list[int],
+) -> Tensor:  # fmt: skip
+    return x.new_empty(len(given), how[0])
+
+
+def _tiled(
+    x: Tensor, given: Tensor | None, pairs: list[Tensor], tokens: int, at: Tensor, how: list[int],
+    gated: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    made = grouped_int8.tiled(x, given, whole(at, how), _sorted_of(pairs, tokens), gated=gated)
+    return made.x8, made.d
+
+
+def _tiled_fake(
+    x: Tensor, given: Tensor | None, pairs: list[Tensor], tokens: int, at: Tensor, how: list[int],
+    gated: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    tiles, orders, (steps, columns) = (
+        len(pairs[2]),
+        whole(at, how).parts.bit_length(),
+        _steps(at, how),
+    )
+    x8 = x.new_empty(orders, tiles, tokens, steps * columns, dtype=torch.int8)
+    return x8, x.new_empty(2, tiles, steps, tokens, dtype=torch.float32)
+
+
+def _grouped_int8(
+    x8: Tensor, d: Tensor, pairs: list[Tensor], tokens: int, at: Tensor, how: list[int],
+    as_: Tensor,
+) -> Tensor:  # fmt: skip
+    of, by_expert = whole(at, how), _sorted_of(pairs, tokens)
+    return grouped_int8.products(Tiled(x8, d), of, by_expert, as_.dtype)
+
+
+def _grouped_int8_fake(
+    x8: Tensor, d: Tensor, pairs: list[Tensor], tokens: int, at: Tensor, how: list[int],
+    as_: Tensor,
+) -> Tensor:  # fmt: skip
+    return as_.new_empty(len(pairs[0]), how[0])
 
 
 def _picked_fake(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -122,9 +213,36 @@ gate_op = _define(
 )
 combine_op = _define(
     "combined",
-    "(Tensor y, Tensor idx, Tensor coef, int experts, Tensor as_) -> Tensor",
+    "(Tensor y, Tensor idx, Tensor coef, int experts, Tensor as_, Tensor? places) -> Tensor",
     _combined,
     _combined_fake,
+)
+sort_op = _define(
+    "sorted",
+    "(Tensor idx, int experts, int[] sizes) -> (Tensor, Tensor, Tensor)",
+    _sorted,
+    _sorted_fake,
+)
+arrange_op = _define(
+    "arranged", f"(Tensor x, {_OF}, bool gated) -> (Tensor, Tensor)", _arranged, _arranged_fake
+)
+grouped_op = _define(
+    "grouped",
+    f"(Tensor x, Tensor sums, Tensor given, Tensor[] pairs, int tokens, {_OF}) -> Tensor",
+    _grouped,
+    _grouped_fake,
+)
+tile_op = _define(
+    "tiled",
+    f"(Tensor x, Tensor? given, Tensor[] pairs, int tokens, {_OF}, bool gated) -> (Tensor, Tensor)",
+    _tiled,
+    _tiled_fake,
+)
+grouped_int8_op = _define(
+    "grouped_int8",
+    f"(Tensor x8, Tensor d, Tensor[] pairs, int tokens, {_OF}, Tensor as_) -> Tensor",
+    _grouped_int8,
+    _grouped_int8_fake,
 )
 pick_op = _define("picked", "(Tensor x, int k) -> (Tensor, Tensor)", routing.picked, _picked_fake)
 thin_op = _define("thin", "(Tensor x, Tensor weight) -> Tensor", routing.thin, _thin_fake)
@@ -162,9 +280,47 @@ def combined(
     coef: Float[Tensor, "T K"],
     experts: int,
     as_: Tensor,
+    places: Int[Tensor, " pairs"] | None = None,
 ) -> Float[Tensor, "T M"]:
     """As `combine.combined`, in the dtype of `as_`."""
-    made: Tensor = combine_op(y, idx, coef, experts, as_)
+    made: Tensor = combine_op(y, idx, coef, experts, as_, places)
+    return made
+
+
+def sorted_pairs(idx: Int[Tensor, " pairs"], experts: int, sizes: Iterable[int]) -> Sorted:
+    """As `sort.sorted_pairs`."""
+    sizes = list(sizes)
+    return _sorted_of(sort_op(idx, experts, sizes), sort.cut_of(len(idx), experts, sizes)[0])
+
+
+def arranged(x: Float[Tensor, "T _"], of: Matrices, *, gated: bool = False) -> Arranged:
+    """As `grouped.arranged`."""
+    return Arranged(*arrange_op(x, *pieces(of), gated))
+
+
+def exact_products(
+    x: Arranged, given: Int[Tensor, " pairs"], of: Matrices, pairs: Sorted
+) -> Float[Tensor, "pairs M"]:
+    """As `grouped.grouped`."""
+    made: Tensor = grouped_op(*x, given, list(pairs[:3]), pairs.tokens, *pieces(of))
+    return made
+
+
+def tiled(
+    x: Float[Tensor, "T _"],
+    given: Int[Tensor, " pairs"] | None,
+    of: Matrices,
+    pairs: Sorted,
+    *,
+    gated: bool = False,
+) -> Tiled:
+    """As `grouped_int8.tiled`."""
+    return Tiled(*tile_op(x, given, list(pairs[:3]), pairs.tokens, *pieces(of), gated))
+
+
+def tiled_products(x: Tiled, of: Matrices, pairs: Sorted, as_: Tensor) -> Float[Tensor, "pairs M"]:
+    """As `grouped_int8.products`, in the dtype of `as_`."""
+    made: Tensor = grouped_int8_op(*x, list(pairs[:3]), pairs.tokens, *pieces(of), as_)
     return made
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import torch
 import triton
@@ -62,8 +61,7 @@ def _tile_kernel(
     tl.store(at + 2, tl.sum(tl.where(its, left, 0), 1), mask=there)
 
 
-@dataclass(frozen=True)
-class Sorted:
+class Sorted(NamedTuple):
     """Pairs by expert, and the tiles of tokens they are cut into."""
 
     order: Int[Tensor, " pairs"]  # pairs as they come, sorted; those of no expert last
@@ -71,28 +69,33 @@ class Sorted:
     tiles: Int32[Tensor, "tiles three"]  # expert, first sorted pair, number of pairs
     tokens: int  # of a tile
 
-    @staticmethod
-    def of(idx: Int[Tensor, " pairs"], experts: int, sizes: Iterable[int]) -> Sorted:
-        """In tiles of one of `sizes`: the smallest that holds the usual expert's.
 
-        How many tiles there are depends on the routing: there is room for as many as there can be, and
-        those left over have no pairs. `idx` is an expert, or `experts` for nobody.
-        """
-        pairs, sizes = len(idx), sorted(sizes)
-        most = min(1.5 * pairs / experts, sizes[-1])
-        tokens = next(n for n in sizes if n >= most)
-        tiles = pairs // tokens + min(experts, pairs)
-        order, places = torch.empty_like(idx), torch.empty_like(idx)
-        begins = torch.empty(experts + 1, dtype=torch.int32, device=idx.device)
-        table = torch.empty(tiles, 3, dtype=torch.int32, device=idx.device)
-        chunk = min(4096, max(128, triton.next_power_of_2(pairs)))
-        with launching(idx):
-            _order_kernel[(experts + 1,)](
-                idx, order, places, begins, pairs, experts, chunk=chunk,
-                num_warps=8 if chunk > 1024 else 4,
-            )  # fmt: skip
-            _tile_kernel[(triton.cdiv(tiles, 16),)](
-                begins, table, tiles, experts, tokens=tokens,
-                most=triton.next_power_of_2(experts), each=16,
-            )  # fmt: skip
-        return Sorted(order, places, table, tokens)
+def cut_of(pairs: int, experts: int, sizes: Iterable[int]) -> tuple[int, int]:
+    """(tokens of a tile, tiles): of `sizes` the smallest that holds the usual expert's pairs.
+
+    How many tiles are needed depends on the routing; there are as many as there can be.
+    """
+    sizes = sorted(sizes)
+    most = min(1.5 * pairs / experts, sizes[-1])
+    tokens = next(n for n in sizes if n >= most)
+    return tokens, pairs // tokens + min(experts, pairs)
+
+
+def sorted_pairs(idx: Int[Tensor, " pairs"], experts: int, sizes: Iterable[int]) -> Sorted:
+    """`idx`: an expert, or `experts` for nobody. Tiles that are not needed have no pairs."""
+    pairs = len(idx)
+    tokens, tiles = cut_of(pairs, experts, sizes)
+    order, places = torch.empty_like(idx), torch.empty_like(idx)
+    begins = torch.empty(experts + 1, dtype=torch.int32, device=idx.device)
+    table = torch.empty(tiles, 3, dtype=torch.int32, device=idx.device)
+    chunk = min(4096, max(128, triton.next_power_of_2(pairs)))
+    with launching(idx):
+        _order_kernel[(experts + 1,)](
+            idx, order, places, begins, pairs, experts, chunk=chunk,
+            num_warps=8 if chunk > 1024 else 4,
+        )  # fmt: skip
+        _tile_kernel[(triton.cdiv(tiles, 16),)](
+            begins, table, tiles, experts, tokens=tokens, most=triton.next_power_of_2(experts),
+            each=16,
+        )  # fmt: skip
+    return Sorted(order, places, table, tokens)
