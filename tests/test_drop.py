@@ -26,12 +26,12 @@ from moecule.errors import CheckpointError, PlanError, RecipeError
 from moecule.experts import Expert
 from moecule.family import TOP_K_KEYS, load_family
 from moecule.inventory import take_inventory
-from moecule.method import load_all
-from moecule.methods import ean, easy_ep, reap, seer, unified, zcode
+from moecule.method import Method, load_all
+from moecule.methods import ean, easy_ep, premoe, reap, seer, unified, zcode
 from moecule.moe import by_expert, experts_of, find_layers, find_moe, listening, put_experts
 from moecule.plan import Drop, Keep
 from moecule.recipe import load_recipe, recipe_names
-from moecule.stats import DROPPING, Routed, Seen
+from moecule.stats import DROPPING, Routed, Seen, Statistic
 from moecule.walk import walk
 
 few_tokens = pytest.mark.filterwarnings("ignore:.*saw fewer than 32 tokens")
@@ -60,7 +60,9 @@ def seen_of(e: int, coef: Tensor) -> Seen:
     )  # fmt: skip
 
 
-def sums_of(*, renormalised: bool) -> dict[int, dict[str, Tensor]]:
+def sums_of(
+    *, renormalised: bool, needs: tuple[Statistic, ...] = ()
+) -> dict[int, dict[str, Tensor]]:
     """All that calibrating would count of the three tokens, by the statistics' own functions."""
     prob = LOGITS.softmax(-1)
     coef = prob.gather(1, PICKED)
@@ -68,7 +70,7 @@ def sums_of(*, renormalised: bool) -> dict[int, dict[str, Tensor]]:
         coef = coef / coef.sum(-1, keepdim=True)
     seens = [seen_of(e, coef) for e in range(4)]
     found = {}
-    for s in DROPPING:
+    for s in dict.fromkeys((*DROPPING, *needs)):
         if s.of_router is not None:
             found[s.name] = s.of_router(Routed(LOGITS, prob, PICKED, coef))
         else:
@@ -106,13 +108,16 @@ FIGURES: dict[str, Scored] = {
         [1.486140, 1.516164, 1.576083, 0],
     ),
     "EASY-EP": (easy_ep, easy_ep.Options(), True, [0.516546, 0.581923, 0.219854, 0]),
+    "PEU": (premoe, premoe.Options(), True, [0, 1, 0, 0]),
+    "TCESS": (premoe, premoe.Options("tcess"), True, [2, 3, 1.5, 0]),  # of three tokens
 }
 
 
 @pytest.mark.parametrize("case", FIGURES)
 def test_scores_are_the_figures_worked_out_by_hand(case):
     method, options, renormalised, want = FIGURES[case]
-    got = method.score(sums_of(renormalised=renormalised), options)[0]
+    sums = sums_of(renormalised=renormalised, needs=method.METHOD.needs(options))
+    got = method.score(sums, options)[0]
     torch.testing.assert_close(got, torch.tensor(want).double(), rtol=0, atol=6e-7)
 
 
@@ -127,25 +132,40 @@ def test_a_power_without_a_sum_is_refused():
         load_recipe("man", {"score.alpha": 1, "score.gamma": 2}).needs()
 
 
+def random_sums(method: Method, n: int, silent: int | None = None) -> dict[int, dict[str, Tensor]]:
+    """Of two layers, as if calibrated; to `silent` no token was routed."""
+    g, found = torch.Generator().manual_seed(0), {}
+    for i in (0, 2):
+        logits = torch.randn(200, n, generator=g)
+        if silent is not None:
+            logits[:, silent] = -9
+        prob = logits.softmax(-1)
+        coef, idx = prob.topk(2)
+        seen = Routed(logits, prob, idx, coef)
+        found[i] = {}
+        for s in method.needs(method.options()):
+            plain = torch.rand(n, generator=g).double() + 1
+            plain[silent if silent is not None else []] = 0
+            found[i][s.name] = plain if s.of_router is None else s.of_router(seen)
+    return found
+
+
 @pytest.mark.parametrize("name", SCORING)
 def test_permuting_experts_permutes_their_scores(name):
     method = SCORING[name]
-    g = torch.Generator().manual_seed(0)
-    needs = method.needs(method.options())
-    sums = {i: {s.name: torch.rand(8, generator=g).double() + 1 for s in needs} for i in (0, 2)}
-    order = torch.randperm(8, generator=g)
+    sums, order = random_sums(method, 8), torch.randperm(8)
     moved = {i: {n: t[order] for n, t in of.items()} for i, of in sums.items()}
     plain, after = (method.score(s, method.options()) for s in (sums, moved))
     assert sorted(plain) == [0, 2]
     for i in plain:
-        assert plain[i].shape == (8,) and torch.equal(after[i], plain[i][order])
+        assert plain[i].shape == (8,)
+        torch.testing.assert_close(after[i], plain[i][order], rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("name", SCORING)
 def test_an_expert_that_no_token_reached_goes_first(name):
     method = SCORING[name]
-    needs = method.needs(method.options())
-    sums = {0: {s.name: torch.tensor([3.0, 0, 2, 1]).double() for s in needs}}
+    sums = random_sums(method, 4, silent=1)
     scores = method.score(sums, method.options())[0]
     assert torch.isfinite(scores).all() and scores.argmin() == 1
 
@@ -354,9 +374,10 @@ def test_permuting_a_models_experts_permutes_what_is_dropped(name, checkpoint, t
                 )
     model.save_pretrained(tmp_path)
     batches, plans = tiny.tokens(4), []
+    needs = tuple(dict.fromkeys(n for r in SUMMED for n in load_recipe(r).needs()))
     for folder in (checkpoint(name), tmp_path):
         streamed = tiny.stream(folder)
-        inventory, sums = take_inventory(streamed), dict(collect(streamed, batches, DROPPING))
+        inventory, sums = take_inventory(streamed), dict(collect(streamed, batches, needs))
         plans.append({r: decide(load_recipe(r), Ask(drop=0.5), sums, inventory) for r in SUMMED})
     for r in SUMMED:
         before, after = (p[r].layers for p in plans)
@@ -405,15 +426,17 @@ def test_a_number_of_experts_that_no_router_picks_is_refused(top_k, checkpoint, 
 
 # as users do it
 
+OWN_SUMS = ("reap_mc", "premoe", "premoe_tcess")
+
 
 @pytest.fixture(scope="module")
 def place(checkpoint, tmp_path_factory) -> Path:
-    """model/, text.txt and stats/, counted for every recipe that drops but reap_mc."""
+    """model/, text.txt and stats/: one for every recipe that drops, but those with sums of their own."""
     folder = tmp_path_factory.mktemp("place")
     (folder / "model").symlink_to(checkpoint("qwen3_moe", tokenizer=True))
     (folder / "text.txt").write_text(TEXT)
     text = ("--data", folder / "text.txt", *SMALL)
-    for recipe in ("reap", "reap_mc"):
+    for recipe in ("reap", *OWN_SUMS):
         stats = folder / f"stats_{recipe}"
         code, _, err = run("calibrate", folder / "model", "-o", stats, "--recipe", recipe, *text)
         assert code == 0, err
@@ -423,7 +446,7 @@ def place(checkpoint, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("recipe", RECIPES)
 @few_tokens
 def test_one_pass_serves_every_recipe_that_drops(recipe, place, tmp_path):
-    stats = place / f"stats_{'reap_mc' if recipe == 'reap_mc' else 'reap'}"
+    stats = place / f"stats_{recipe if recipe in OWN_SUMS else 'reap'}"
     code, out, err = run("plan", stats, "-o", tmp_path / "p", "--recipe", recipe, "--drop", "25%")
     assert code == 0 and "6 experts dropped, " in out, err
     plan = verbs.read_plan(tmp_path / "p")
