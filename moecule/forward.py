@@ -37,9 +37,10 @@ def _kernels_of_gpu() -> Any:
 GPU = _kernels_of_gpu()
 
 
-def _on_gpu(x: Tensor) -> bool:
-    """Whether Triton's kernels may run."""
-    return GPU is not None and x.is_cuda and not (torch.is_grad_enabled() and x.requires_grad)
+def _on_gpu(x: Tensor, *others: Tensor) -> bool:
+    """Whether Triton's kernels, which give no gradients, may run."""
+    wants = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *others))
+    return GPU is not None and x.is_cuda and not wants
 
 
 def unpacked(weight: Packed, dtype: torch.dtype) -> Float[Tensor, "M N"]:
@@ -79,7 +80,7 @@ def block_forward(plain: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         hidden = (*args, *kwargs.values())[0]
-        if not (torch.compiler.is_compiling() and _on_gpu(hidden)):
+        if not (torch.compiler.is_compiling() and _on_gpu(hidden, *self.parameters())):
             return plain(self, *args, **kwargs)
         with GPU.dense.QuickRouting():
             return plain(self, *args, **kwargs)
@@ -93,7 +94,7 @@ def packed_forward(
     """The forward of an experts module whose weights are packed; only experts that are hit are read."""
     if self.skip is not None:
         idx, coef = self.skip(hidden, idx, coef, self.num_experts)
-    found = GPU.experts_there(self) if _on_gpu(hidden) else None
+    found = GPU.experts_there(self) if _on_gpu(hidden, coef) else None
     if found is not None:
         made: Tensor = GPU.experts_forward(self, *found, hidden, idx, coef)
         return made

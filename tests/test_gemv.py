@@ -342,6 +342,23 @@ def test_experts_do_what_torch_makes_of_them(name, how, checkpoint, tmp_path, mo
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+class OnGpu(Tensor):
+    """Says that it lies there."""
+
+    is_cuda = True
+
+
+def test_kernels_give_way_where_a_gradient_is_wanted(monkeypatch):
+    """Of hidden states, or of a router's coefficients alone."""
+    monkeypatch.setattr(forward, "GPU", gpu)
+    plain, wanted = (torch.zeros(2, requires_grad=g).as_subclass(OnGpu) for g in (False, True))
+    assert forward._on_gpu(plain) and forward._on_gpu(plain, plain)
+    assert not forward._on_gpu(wanted) and not forward._on_gpu(plain, wanted)
+    assert not forward._on_gpu(torch.zeros(2))
+    with torch.no_grad():
+        assert forward._on_gpu(wanted, wanted)
+
+
 def test_a_compiler_takes_a_decoding_step_whole(tmp_path):
     """One graph for all steps, the same logits, and the same pairs skipped and counted."""
     script = Path(__file__).with_name("traced.py")

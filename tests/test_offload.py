@@ -140,7 +140,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
     from moecule import gpu
 
     monkeypatch.setattr(forward, "GPU", gpu)
-    monkeypatch.setattr(forward, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(forward, "_on_gpu", lambda *x: True)
     return gpu
 
 

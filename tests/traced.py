@@ -68,7 +68,7 @@ def written(name: str, folder: Path) -> Any:
         skip=Skip(limits, 0.1),
     )
     tiny.write(streamed, made, folder / "out", tiny.tokens(2))
-    forward.GPU, forward._on_gpu = gpu, lambda x: True
+    forward.GPU, forward._on_gpu = gpu, lambda *x: True
     return tiny.load(folder / "out")
 
 

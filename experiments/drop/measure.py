@@ -66,7 +66,7 @@ within the intervals are not differences. It took 20 minutes on one of two cores
 
 def cases() -> dict[str, tuple[Recipe, ...]]:
     """{row: recipes, whose losses are averaged}"""
-    plain = ("reap", "ean", "man", "msan", "seer", "zcode", "easy_ep")
+    plain = ("reap", "ean", "man", "msan", "seer", "zcode", "easy_ep", "premoe", "premoe_tcess")
     out = {name: (load_recipe(name),) for name in plain}
     weighted = {"score.alpha": 1, "score.gamma": 1, "score.mean": False}
     out["unified 0, 1, 1"] = (load_recipe("man", weighted),)
