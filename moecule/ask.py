@@ -236,4 +236,6 @@ def _skipping(plan: Plan, skip: Part | None, stats: Stats) -> Plan:
     method = load_method(skip.method, "thresholds")
     assert method.thresholds is not None  # load_method saw to it
     thresholds, protect = method.thresholds(stats, skip.options)
+    if plan.top_k is not None:  # ranks that the router no longer picks have none
+        thresholds = {i: of[: plan.top_k - 1] for i, of in thresholds.items()}
     return replace(plan, skip=Skip(thresholds, protect))

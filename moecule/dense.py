@@ -55,6 +55,15 @@ def _weight_of(module: Any) -> Matrices | None:
     return Matrices.of([packed_of(module, "weight")])
 
 
+class Made(NamedTuple):
+    """What was made of one x for all peers."""
+
+    x: Tensor
+    version: int | None  # of x: it may be changed in place
+    y: Float[Tensor, "T M"]
+    left: tuple[int, ...]  # where in y the parts begin that were not handed out
+
+
 @dataclass(eq=False)
 class Peers:
     """Linears of one parent that are given the same x, as an attention's q, k and v: multiplied at once.
@@ -66,18 +75,18 @@ class Peers:
     seen: Callable[[], Tensor | None] | None = None  # the last x, while it lives
     before: Any = None  # the Linear that was given it first
     all: tuple[Matrices, Int[Tensor, " chunks"]] | None = None  # in pieces of as many rows
-    x: Tensor | None = None
-    made: Tensor | None = None  # of all members, of x
-    left: tuple[int, ...] = ()  # where in it the parts begin that were not handed out
+    made: Made | None = None
 
     def __reduce__(self) -> Any:
         return Peers, ()  # a copy sees for itself
 
     def see(self, module: Any, x: Tensor) -> None:
         """Note who is given what, and where it lies now."""
+        if module not in self.members:
+            module.span = None  # of what this is a copy of
         if self.seen is None or self.seen() is not x:
             self.seen, self.before = weakref.ref(x), module
-        elif module not in self.members:
+        elif module not in (self.before, *self.members):
             self._join([*(self.members or [self.before]), module])
         if module.span is not None and module.span[2] is not module.there:  # moved
             self._join(self.members)
@@ -86,7 +95,7 @@ class Peers:
         weights = [packed_of(m, "weight") for m in members]
         rows = math.gcd(*(len(w.codes) for w in weights))
         found = Matrices.of([piece for w in weights for piece in _pieces(w, rows)])
-        self.members, self.all, start = members, None, 0
+        self.members, self.all, self.made, start = members, None, None, 0
         if found is not None and rows % 8 == 0:  # else programs would take rows of two pieces
             chunks = torch.arange(len(found), device=found.table.device).repeat(FEW_TOKENS)
             torch._dynamo.mark_static_address(chunks)
@@ -94,7 +103,6 @@ class Peers:
         for m in members:
             m.span = start, start + m.out_features, weight_there(m)
             start += m.out_features
-        self.x, self.made, self.left = None, None, ()
 
     def times(
         self, module: Any, x: Tensor, flat: Float[Tensor, "T N"]
@@ -103,18 +111,18 @@ class Peers:
         if self.all is None or module.span is None:
             return None
         start, end, _ = module.span
-        if self.x is not x or start not in self.left:
+        version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
+        made = self.made  # read once: another thread may put its own here
+        if made is None or made.x is not x or made.version != version or start not in made.left:
             of, chunks = self.all
             given = [flat] if module.exact else ops.rounded(flat, of)
-            out = ops.products(given, of, chunks[: len(flat) * len(of)], len(of), flat)
-            self.x, self.made = x, out.view(len(flat), -1)
-            self.left = tuple(m.span[0] for m in self.members)
-        assert self.made is not None  # it came with x
-        made = self.made[:, start:end]
-        self.left = tuple(at for at in self.left if at != start)
-        if not self.left:  # no compiled step may hold them
-            self.x = self.made = None
-        return made
+            y = ops.products(given, of, chunks[: len(flat) * len(of)], len(of), flat)
+            left = tuple(m.span[0] for m in self.members)
+            made = Made(x, version, y.view(len(flat), -1), left)
+        left = tuple(at for at in made.left if at != start)
+        # when all are handed out nothing is kept, nor may a compiled step keep it
+        self.made = made._replace(left=left) if left else None
+        return made.y[:, start:end]
 
 
 def _pieces(weight: Packed, rows: int) -> list[Packed]:
@@ -134,6 +142,8 @@ def linear(module: Any, x: Float[Tensor, "*B N"], of: Matrices) -> Float[Tensor,
     if peers is not None and not torch.compiler.is_compiling():
         peers.see(module, x)
     if len(flat) > FEW_TOKENS:
+        if peers is not None:
+            peers.made = None
         return nn.functional.linear(flat, unpack.unpacked(of, 0, x.dtype))
     made: Tensor | None = None if peers is None else peers.times(module, x, flat)
     if made is not None:

@@ -141,6 +141,8 @@ def _check_layer(e: LayerExperts, share: float, asked: str, *, clamp: bool) -> N
         raise RecipeError(
             f"{asked}, and of {where} {IN_GROUP} must stay; the most is {1 - IN_GROUP / size:.4g}"
         )
+    if left < 1:
+        raise RecipeError(f"{asked}, and of {where} one must stay; the most is {1 - 1 / size:.4g}")
     if _reach(e, left) < e.top_k and not clamp:
         need = -(-e.top_k // e.top_groups)  # in each group
         raise RecipeError(

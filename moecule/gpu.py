@@ -189,7 +189,7 @@ def _few(
     module: Any, up: Matrices, down: Matrices, hidden: Tensor, idx: Tensor, coef: Tensor
 ) -> Tensor:
     top_k, pairs = idx.shape[1], idx.flatten()
-    x = [hidden] if module.exact else ops.rounded(hidden, up)
+    x = [hidden] if module.exact else ops.rounded(hidden, up, pairs)
     if _is_swiglu(module):
         act = ops.gated(x, up, pairs, top_k, down)
     else:

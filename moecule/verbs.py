@@ -164,7 +164,9 @@ def _read_stats(folder: Path) -> tuple[dict[int, dict[str, Tensor]], dict[str, A
         if not all(isinstance(meta[key], str) for key in ("model", "digest")):
             raise ValueError("model and digest are no text")
     except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise DataError(f"{folder} is damaged ({e!r}); remove it and calibrate again") from e
+        raise DataError(
+            f"{folder} is damaged, or of another release of moecule ({e!r}); remove it and calibrate again"
+        ) from e
     counts = {i: len(of[COUNT.name]) for i, of in sums.items() if COUNT.name in of}
     if not whole or {i: e.n for i, e in inventory.experts.items()} != counts:
         raise DataError(f"{folder} lacks statistics of some layer; remove it and calibrate again")

@@ -118,8 +118,9 @@ def report(
 if __name__ == "__main__":
     layer = {"group": 128, "aligned": True}
     few = {"parts": 3, "leads": 2, "exact": False, "single": False, "early": 0, "chain": True}
+    few |= {"known": True}
     held = few | {"gated": True, "to_parts": 3, "stages": 1, "hold": True, "rows": 64, "words": 128}
-    few["hold"] = False
+    few |= {"hold": False}
     up = few | {"rows": 64, "words": 64, "most": 128, "gated": True, "to_parts": 3, "stages": 2}
     down = few | {"rows": 8, "words": 512, "most": 512, "gated": False, "to_parts": 0, "stages": 1}
     out = {

@@ -249,6 +249,7 @@ GROUPED = layer(16, 4, groups=4, top_groups=2)  # 2 of each group are needed
         (REAP, layer(8), Ask(drop="10%"), "which of 8 experts is not one; the least is 0.125"),
         (REAP, layer(8), Ask(drop="87.5%"), "leaves 1 of 8 in a layer, and the router picks 2 a"),
         (REAP, layer(8), Ask(drop="87.5%"), r"the most is 0.75, or let it pick 1 \(--clamp\)"),
+        (REAP, layer(8), Ask(drop=0.9999999999, clamp=True), "one must stay; the most is 0.875"),
         (REAP, layer(9), Ask(drop="11.11%"), "which of 9 experts is not one; the least is 0.1112"),
         (REAP, GROUPED, Ask(drop="20%"), "4 experts in each of 4 groups is not one; the least is"),
         (REAP, GROUPED, Ask(drop="75%"), "groups 2 must stay; the most is 0.5"),
@@ -383,6 +384,16 @@ def test_permuting_a_models_experts_permutes_what_is_dropped(name, checkpoint, t
         before, after = (p[r].layers for p in plans)
         assert before != after
         assert {i: tuple(fates[e] for e in order) for i, fates in before.items()} == after
+
+
+def test_ranks_that_are_no_longer_picked_have_no_threshold(checkpoint):
+    recipe = replace(load_recipe("reap"), skip=load_recipe("mc").skip)
+    streamed = tiny.stream(checkpoint("qwen3_moe"))
+    sums = dict(collect(streamed, tiny.tokens(4), recipe.needs()))
+    inventory = take_inventory(streamed)
+    for share, ranks in (("50%", 1), ("87.5%", 0)):
+        plan = decide(recipe, Ask(drop=share, clamp=True), sums, inventory)
+        assert plan.skip.thresholds and all(len(t) == ranks for t in plan.skip.thresholds.values())
 
 
 SUMMED = [

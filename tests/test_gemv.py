@@ -187,7 +187,40 @@ def test_linears_that_share_an_input_are_multiplied_at_once(fenced):
     modules[1].peers = None
     assert torch.equal(changed, dense.linear(modules[1], x, dense.weight_there(modules[1])))
     assert not torch.equal(changed, want[1])
-    assert copy.deepcopy(modules[0]).peers.all is None
+    copied = copy.deepcopy(modules[0])
+    assert copied.peers.members == [] and copied.there is None
+    have = dense.linear(copied, x, dense.weight_there(copied))
+    assert torch.equal(have, want[0]) and copied.span is None
+
+
+def test_what_was_made_for_peers_goes_with_its_input():
+    """Nothing is handed out for an input that was changed in place, or kept when all have it."""
+    shared = dense.Peers()
+    modules = [packed_linear(random_packed(4, 16, 64, 32)) for _ in range(3)]
+    x = tiny.in_eighths((2, 64), 0).to(DEVICE)
+
+    def of(i: int) -> Tensor:
+        return dense.linear(modules[i], x, dense.weight_there(modules[i]))
+
+    for m in modules:
+        m.exact = False
+    plain = of(0)
+    for m in modules:
+        m.peers = shared
+    assert torch.equal(of(0), plain) and torch.equal(of(0), plain)
+    assert shared.members == []  # one module, twice
+    for _ in range(2):  # they are known to share from the second on
+        x = x.clone()
+        for i in (0, 1, 2):
+            assert torch.equal(of(i), plain)
+    assert shared.made is None
+    assert torch.equal(of(0), plain) and shared.made is not None
+    x.mul_(2)
+    for i in (1, 2):
+        assert torch.equal(of(i), 2 * plain)
+    long = x.repeat(dense.FEW_TOKENS, 1)
+    dense.linear(modules[0], long, dense.weight_there(modules[0]))
+    assert shared.made is None
 
 
 @pytest.mark.parametrize(("columns", "group"), [(200, 128), (64, 32)])

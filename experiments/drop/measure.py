@@ -53,7 +53,8 @@ methods; loss on held-out text of six domains, {windows} windows of {window} eac
 Added loss in nats a token over the original, the mean of the domains' means, with the 95 % interval
 of the paired differences by window. Rows are in the order of the loss at 25 %. "over all layers":
 experts of all layers are ranked together. `unified 0, 1, 1` is REAP's sum without the division by the
-count. `zcode_random` is the mean of three draws.
+count. `zcode_random` is the mean of three draws. The rows of `premoe`, the cheapest, which reads the
+router alone, were added by the same functions later; the original and `seer` came out the same again.
 
 The papers of REAP, MAN and MSAN find means over an expert's tokens better than sums. Here sums are
 better, but for REAP up to 25 % on mixtral-27m; MAN and MSAN lose more than lots do on mixtral-27m, and

@@ -50,21 +50,72 @@ def _put_gated(
 
 @triton.jit
 @no_type_check
+def _held(
+    codes, scale, zero, row, there, columns, blocks, bits, parts: tl.constexpr,
+    leads: tl.constexpr, group: tl.constexpr, words: tl.constexpr, most: tl.constexpr,
+):  # fmt: skip
+    """What `read` gives of whole rows, for parts of 8, 4, 2 and 1 bits; nothing of those not in `parts`."""
+    held = ()
+    for i in tl.static_range(4):
+        if parts & (8 >> i):
+            held = held + read(
+                codes, scale, zero, row, there & ((bits & (8 >> i)) > 0), 0, columns, blocks, bits,
+                bits & (16 - (16 >> i)), 8 >> i, group, min(words, most * (8 >> i)),
+                (leads & (8 >> i)) > 0,
+            )  # fmt: skip
+        else:
+            held = held + (bits, bits, bits)
+    return held
+
+
+@triton.jit
+@no_type_check
+def _parts(
+    held, codes, scale, zero, row, there, x8, d, s, x_at, columns, blocks, bits,
+    parts: tl.constexpr, leads: tl.constexpr, group: tl.constexpr, words: tl.constexpr,
+    most: tl.constexpr, exact: tl.constexpr, stages: tl.constexpr, hold: tl.constexpr,
+):  # fmt: skip
+    """[rows]: products with all parts, of what is held or as it is read."""
+    y = tl.zeros(row.shape, tl.float32)
+    for i in tl.static_range(4):
+        if parts & (8 >> i):
+            if bits & (8 >> i):
+                low, its = bits & (16 - (16 >> i)), x8 + (3 - i) * (blocks * 8)
+                if hold:
+                    each = multiplied(
+                        held[3 * i], held[3 * i + 1], held[3 * i + 2], 0, its, d, s, x_at,
+                        columns, blocks, 8 >> i, exact, (leads & (8 >> i)) > 0,
+                    )  # fmt: skip
+                    more = tl.sum(each, 1)
+                else:
+                    more = part(
+                        codes, scale, zero, row, there, its, d, s, x_at, columns, blocks, bits, low,
+                        8 >> i, group, min(words, most * (8 >> i)), exact, (leads & (8 >> i)) > 0,
+                        stages,
+                    )  # fmt: skip
+                y += more * tl.exp2(low.to(tl.float32))
+    return y
+
+
+@triton.jit
+@no_type_check
 def _product_kernel(
     x8_ptr, d_ptr, s_ptr, x_ptr, table_ptr, idx_ptr, y_ptr,
     y8_ptr, yd_ptr, ys_ptr, m, columns, blocks, experts, share, to_blocks,
     parts: tl.constexpr, leads: tl.constexpr, group: tl.constexpr, rows: tl.constexpr,
     words: tl.constexpr, most: tl.constexpr, exact: tl.constexpr, aligned: tl.constexpr,
     single: tl.constexpr, gated: tl.constexpr, to_parts: tl.constexpr, stages: tl.constexpr,
-    early: tl.constexpr, hold: tl.constexpr, chain: tl.constexpr,
+    early: tl.constexpr, hold: tl.constexpr, known: tl.constexpr, chain: tl.constexpr,
 ):  # fmt: skip
     """Program (rows, pair).
 
     gated: half of the rows are the gate's. to_parts, to_blocks: of what the result is rounded for; 0:
-    it is not. single: there is one matrix. early: lines of a row that the cache is asked for while the
-    kernel before still runs; which expert a pair has was known before that one. hold: whole rows are
-    read while it runs.
+    it is not. single: there is one matrix. known: which expert a pair has was written before the kernel
+    before this one began. early: lines of a row that the cache is asked for while that one still runs.
+    hold: whole rows are read while it runs.
     """
+    if chain and not known:
+        take_turn()
     pair, r = tl.program_id(1), tl.arange(0, rows)
     if gated:
         half: tl.constexpr = rows // 2
@@ -88,40 +139,17 @@ def _product_kernel(
         ask_for(codes + row * (blocks * bits), there, blocks * bits, early)
     held = ()
     if hold:
-        for i in tl.static_range(4):
-            if parts & (8 >> i):
-                held = held + read(
-                    codes, scale, zero, row, there & ((bits & (8 >> i)) > 0), 0, columns, blocks,
-                    bits, bits & (16 - (16 >> i)), 8 >> i, group, min(words, most * (8 >> i)),
-                    (leads & (8 >> i)) > 0,
-                )  # fmt: skip
-            else:
-                held = held + (bits, bits, bits)
-    if chain:
+        held = _held(
+            codes, scale, zero, row, there, columns, blocks, bits, parts, leads, group, words, most
+        )
+    if chain and known:
         take_turn()
     at = (pair // share).to(tl.int64)
     x8, d, s = x8_ptr + at * (blocks * 32), d_ptr + at * blocks, s_ptr + at * blocks
-    y = tl.zeros((rows,), tl.float32)
-    for i in tl.static_range(4):
-        if parts & (8 >> i):
-            if bits & (8 >> i):
-                low = bits & (16 - (16 >> i))
-                if hold:
-                    more = tl.sum(
-                        multiplied(
-                            held[3 * i], held[3 * i + 1], held[3 * i + 2], 0,
-                            x8 + (3 - i) * (blocks * 8), d, s, x_ptr + at * columns, columns,
-                            blocks, 8 >> i, exact, (leads & (8 >> i)) > 0,
-                        ),
-                        1,
-                    )  # fmt: skip
-                else:
-                    more = part(
-                        codes, scale, zero, row, there, x8 + (3 - i) * (blocks * 8), d, s,
-                        x_ptr + at * columns, columns, blocks, bits, low, 8 >> i, group,
-                        min(words, most * (8 >> i)), exact, (leads & (8 >> i)) > 0, stages,
-                    )  # fmt: skip
-                y += more * tl.exp2(low.to(tl.float32))
+    y = _parts(
+        held, codes, scale, zero, row, there, x8, d, s, x_ptr + at * columns, columns, blocks, bits,
+        parts, leads, group, words, most, exact, stages, hold,
+    )  # fmt: skip
     to = pair.to(tl.int64)
     if gated:
         _put_gated(y, y_ptr, y8_ptr, yd_ptr, ys_ptr, to, m, to_blocks, rows, to_parts)
@@ -230,6 +258,7 @@ def _launch(
             parts=of.parts, leads=of.leads, group=of.group, rows=cut.rows, words=cut.words,
             most=most, exact=exact, aligned=of.aligned,
             single=idx is None, gated=gated, to_parts=0 if down is None else down.parts,
-            stages=cut.stages, early=lines if cut.early and not hold else 0, hold=hold, num_warps=cut.warps,
-            maxnreg=REGISTERS, **chained(y),
+            stages=cut.stages, early=lines if cut.early and not hold else 0, hold=hold,
+            # rounding stands between a router's choice and this; without, that may be the kernel before
+            known=not exact, num_warps=cut.warps, maxnreg=REGISTERS, **chained(y),
         )  # fmt: skip

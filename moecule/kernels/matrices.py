@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import torch
 import triton
@@ -76,6 +76,9 @@ class Matrices:
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # a copy of a module finds its own weights
 
     @property
     def parts(self) -> int:

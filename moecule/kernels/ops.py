@@ -47,12 +47,12 @@ def _define(
     return made
 
 
-def _rounded(x: Tensor, at: Tensor, how: list[int]) -> list[Tensor]:
+def _rounded(x: Tensor, at: Tensor, how: list[int], after: Tensor | None) -> list[Tensor]:
     made = activations.rounded(x, whole(at, how))
     return [made.x8, made.d, made.s]
 
 
-def _rounded_fake(x: Tensor, at: Tensor, how: list[int]) -> list[Tensor]:
+def _rounded_fake(x: Tensor, at: Tensor, how: list[int], after: Tensor | None) -> list[Tensor]:
     return _room(x, len(x), -(-how[1] // 32))
 
 
@@ -198,7 +198,9 @@ def _thin_fake(x: Tensor, weight: Tensor) -> Tensor:
 
 
 _OF = "Tensor at, int[] how"
-round_op = _define("rounded", f"(Tensor x, {_OF}) -> Tensor[]", _rounded, _rounded_fake)
+round_op = _define(
+    "rounded", f"(Tensor x, {_OF}, Tensor? after) -> Tensor[]", _rounded, _rounded_fake
+)
 product_op = _define(
     "products",
     f"(Tensor[] x, {_OF}, Tensor? idx, int share, Tensor? as_) -> Tensor",
@@ -250,9 +252,9 @@ thin_op = _define("thin", "(Tensor x, Tensor weight) -> Tensor", routing.thin, _
 Given = list[Tensor]  # activations: as they are, or the three tensors of `activations.Rounded`
 
 
-def rounded(x: Float[Tensor, "T N"], of: Matrices) -> Given:
-    """As `activations.rounded`."""
-    made: Given = round_op(x, *pieces(of))
+def rounded(x: Float[Tensor, "T N"], of: Matrices, after: Tensor | None = None) -> Given:
+    """As `activations.rounded`, once `after` is made: products may read that before they take turns."""
+    made: Given = round_op(x, *pieces(of), after)
     return made
 
 

@@ -21,7 +21,6 @@ Differences from the paper:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -80,12 +79,14 @@ def needs(options: Options) -> tuple[Statistic, ...]:
     if options.metric == "tcess":
         return (
             COUNT,
-            Statistic(f"tcess_{a or 1}_{options.r:g}", of_router=partial(_masked, a, options.r)),
+            Statistic(
+                f"tcess_{a or 1}_{options.r:g}", of_router=lambda s: _masked(a, options.r, s)
+            ),
         )
     return (
         COUNT,
-        Statistic(f"utility_{a}", of_router=partial(_utility, a)),
-        Statistic(f"lead_{a}", of_router=partial(_lead, a)),
+        Statistic(f"utility_{a}", of_router=lambda s: _utility(a, s)),
+        Statistic(f"lead_{a}", of_router=lambda s: _lead(a, s)),
     )
 
 
