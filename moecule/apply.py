@@ -7,7 +7,7 @@ first, then what reads its output; down projections see the rounded gate and up.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from moecule import runtime
 from moecule.batch import Batch
 from moecule.errors import PlanError
+from moecule.experts import Expert
 from moecule.hf import Streamed
 from moecule.inventory import rest_parts
 from moecule.journal import NO_TRAIL, Trail
@@ -27,6 +28,7 @@ from moecule.plan import Keep, Plan
 from moecule.recipe import Part
 from moecule.states import States
 from moecule.walk import Step, Tick, finish, walk
+from moecule.width import cut_channels, width_key
 from moecule.writer import Writer
 
 
@@ -40,6 +42,7 @@ class Applied:
         default_factory=dict
     )  # experts no token reached, by layer
     last: States | None = None  # the last layer's output
+    width_key: str | None = None  # of config.json, where one says how many channels experts keep
 
 
 def check_plan(plan: Plan, streamed: Streamed) -> None:
@@ -70,6 +73,7 @@ def check_plan(plan: Plan, streamed: Streamed) -> None:
                 "a token; keep more, or give the plan a smaller top_k"
             )
         _check_groups(plan, streamed, i, n, kept, top_k)
+        _check_channels(plan, i, n, experts_of(moe.experts).down.shape[2])
     if plan.skip is not None and not set(plan.skip.thresholds) <= set(moes):
         raise PlanError(
             f"plan: skip names layers {sorted(plan.skip.thresholds)}, of {sorted(moes)}"
@@ -78,6 +82,30 @@ def check_plan(plan: Plan, streamed: Streamed) -> None:
         tail = (moes[i].top_k if plan.top_k is None else plan.top_k) - 1
         if len(limits) != tail:
             raise PlanError(f"plan: skip: layer {i} has {len(limits)} thresholds, wanted {tail}")
+
+
+def _check_channels(plan: Plan, layer: int, n: int, full: int) -> None:
+    keeps = [f for f in plan.layers[layer] if isinstance(f, Keep)]
+    widths = {full if k.channels is None else k.channels for k in keeps}
+    if all(k.channels is None for k in keeps):
+        return
+    if max(widths) > full:
+        raise PlanError(
+            f"plan: layer {layer}: an expert keeps {max(widths)} channels; the model's have {full}"
+        )
+    if widths == {0}:
+        raise PlanError(f"plan: layer {layer}: no expert keeps a channel; wanted some")
+    if len(widths) > 1 and any(k.bits < 16 for k in keeps):
+        raise PlanError(
+            f"plan: layer {layer}: experts of many widths can only stay at 16 bits; give all of the layer "
+            "as many channels, or no bits"
+        )
+    order = plan.order.get(layer)
+    if order is None or tuple(order.shape) != (n, full):
+        raise PlanError(
+            f"plan: layer {layer}: the order of channels that goes with the plan is not of {n} experts of "
+            f"{full} channels; plan again"
+        )
 
 
 def _check_groups(
@@ -118,7 +146,8 @@ def apply_plan(
     """
     check_plan(plan, streamed)
     codec = Codec(load_method(encode.method, "encode"), encode.options)
-    stock, first = is_stock(plan), streamed.ranks.is_first
+    key = key_of(streamed, plan)
+    stock, first = is_stock(plan, key), streamed.ranks.is_first
     if first and trail.done("up") == 0:
         names = set(streamed.outer_names())
         outer = {n: t for n, t in streamed.model.state_dict().items() if n in names}
@@ -126,7 +155,7 @@ def apply_plan(
     notes = list(trail.journal.entries) if trail.journal else []
 
     def compress(step: Step) -> None:
-        _layer(streamed, plan, codec, step, trail.aside)
+        _layer(streamed, plan, codec, step, trail.aside, stock=stock)
         notes.append(step.note)
         prefix = f"{streamed.prefix}{step.index}."
         state = {prefix + n: t for n, t in step.layer.state_dict().items()}
@@ -136,7 +165,7 @@ def apply_plan(
             seen(step)
 
     walked = finish(walk(streamed, batches, tick, trail), compress)
-    return _applied(notes, walked.last)
+    return replace(_applied(notes, walked.last), width_key=key)
 
 
 def _applied(notes: Sequence[Mapping[str, Any]], last: States) -> Applied:
@@ -149,9 +178,19 @@ def _applied(notes: Sequence[Mapping[str, Any]], last: States) -> Applied:
     return done
 
 
-def is_stock(plan: Plan) -> bool:
-    """Whether stock transformers can load the result: nothing packed or skipped, layers of one size."""
-    if plan.skip is not None:
+def key_of(streamed: Streamed, plan: Plan) -> str | None:
+    """The config key of the one width that the plan gives all experts, if there is one."""
+    found = {f.channels for of in plan.layers.values() for f in of if isinstance(f, Keep)}
+    (width, *others) = found
+    return None if others or width is None else width_key(streamed, width)
+
+
+def is_stock(plan: Plan, key: str | None) -> bool:
+    """Whether stock transformers can load the result: nothing packed or skipped, layers of one size.
+
+    Where channels go: and `key`, the config key of the one width that all experts have, is there.
+    """
+    if plan.skip is not None or (plan.narrowed and key is None):
         return False
     sizes = {sum(isinstance(f, Keep) for f in layer) for layer in plan.layers.values()}
     as_it_is = plan.leaves_experts and all(f.bits == 16 for f in plan.rest.values())
@@ -171,7 +210,13 @@ def _cast(streamed: Streamed, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def _layer(
-    streamed: Streamed, plan: Plan, codec: Codec, step: Step, aside: torch.device | None
+    streamed: Streamed,
+    plan: Plan,
+    codec: Codec,
+    step: Step,
+    aside: torch.device | None,
+    *,
+    stock: bool,
 ) -> None:
     """Compress one layer in place and pass the batches through what it has become."""
     i, moe = step.index, streamed.moe(step.index)
@@ -184,6 +229,7 @@ def _layer(
     kept = [e for e, f in enumerate(fates) if isinstance(f, Keep)]
     keeps = [f for f in fates if isinstance(f, Keep)]
     codes: dict[str, list[Packed | None]] = {}
+    narrow: list[Expert] | None = None  # of many widths
     if moe is None:
         packed |= pack_weights(codec, streamed, step, others)
     else:
@@ -192,6 +238,8 @@ def _layer(
             select_experts(moe, kept, len(fates))
         if plan.top_k is not None:
             set_top_k(moe, plan.top_k)
+        if any(k.channels is not None for k in keeps):
+            narrow = cut_channels(streamed, moe, keeps, plan.order[i][kept])
         rounds = any(k.bits < 16 for k in keeps)
         with listening(moe, aside, outputs=False) as heard:
             packed |= pack_weights(codec, streamed, step, others, always_run=rounds)
@@ -207,8 +255,11 @@ def _layer(
         runtime.fill_weight(module, packed[name])
     full = f"{streamed.prefix}{i}."
     step.note["weights"] = {full + n: runtime.keep_text(k) for n, k in rest.items()}
-    if moe is not None and not is_stock(plan):
+    if moe is not None and not stock:
         experts = experts_of(moe.experts)
         runtime.prepare_experts(moe.experts, keeps)
-        runtime.fill_experts(moe.experts, experts, codes)
+        if narrow is None:
+            runtime.fill_experts(moe.experts, experts, codes)
+        else:
+            runtime.fill_ragged(moe.experts, narrow)
         step.note["experts"] = {str(i): " ".join(map(runtime.keep_text, keeps))}

@@ -8,21 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import cast
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from moecule.budget import Inventory, bytes_by_part, format_size, parse_size, within
-from moecule.drop import Kept, Spread, check_share, fates_of, kept_of, parse_share, shares
+from moecule.drop import Dropping, Kept, fates_of, parse_share
 from moecule.errors import RecipeError
 from moecule.method import load_method
+from moecule.narrow import Narrowing
+from moecule.order import with_order
 from moecule.plan import Plan, Skip
 from moecule.recipe import AS_IT_IS, Part, Recipe, load_recipe, recipe_names
 from moecule.stats import Stats
 
 Make = Callable[[float, float], Plan]  # of a share to drop and a mean of bits
 Widths = Callable[[Kept, float], Mapping[int, tuple[int, ...]]]
+Going = Dropping | Narrowing
 
 
 @dataclass(frozen=True)
@@ -67,15 +70,16 @@ class Ask:
 
     def check(self, recipe: Recipe, inventory: Inventory) -> None:
         """Raise RecipeError for what no plan of the recipe can meet, before there are statistics."""
-        if self.drop is not None and recipe.score is None:
-            able = [n for n in recipe_names() if load_recipe(n).score is not None]
+        if self.drop is not None and not recipe.drops:
+            able = [n for n in recipe_names() if load_recipe(n).drops]
             raise RecipeError(
                 f"recipe {recipe.name} does not say which experts to drop; those that do are "
                 f"{', '.join(able)}"
             )
-        size = self.size_bytes(inventory)
-        if size is None or not _drops_to_fit(recipe, self):
-            check_share(inventory, self.share(recipe), _spread(recipe), clamp=self.clamp)
+        size, going = self.size_bytes(inventory), _going(recipe, self, inventory)
+        share = 0.0 if _drops_to_fit(recipe, self) else self.share(recipe)
+        going.check(share)
+        _check_bits(recipe, self, going, share)
         if size is None:
             recipe.check_bits(recipe.bits if self.bits is None else self.bits)
             return
@@ -96,7 +100,7 @@ class Ask:
             asked = f"fit {self.fit}, {self.context} tokens"
         else:
             asked = f"{recipe.bits if self.bits is None else self.bits:g} bits"
-        if recipe.score is None or _drops_to_fit(recipe, self):
+        if not recipe.drops or _drops_to_fit(recipe, self):
             return asked
         return f"drop {100 * self.share(recipe):g}%, {asked}"
 
@@ -104,12 +108,38 @@ class Ask:
 def _drops_to_fit(recipe: Recipe, ask: Ask) -> bool:
     """Whether experts are dropped until the size is met, instead of rounded."""
     sized = ask.size is not None or ask.fit is not None
-    return sized and recipe.bits == AS_IT_IS and ask.drop is None and recipe.score is not None
+    return sized and recipe.bits == AS_IT_IS and ask.drop is None and recipe.drops
 
 
-def _spread(recipe: Recipe) -> Spread:
-    options = None if recipe.score is None else recipe.score.options
-    return cast(Spread, getattr(options, "budget", "layer"))
+def _going(
+    recipe: Recipe, ask: Ask, inventory: Inventory, stats: Stats | None = None
+) -> Dropping | Narrowing:
+    """What may go: experts, or channels of them. Without statistics all score alike."""
+    if recipe.channels is not None:
+        method, options = load_method(recipe.channels.method, "channels"), recipe.channels.options
+        assert method.channels is not None  # load_method saw to it
+        if stats is not None:
+            return Narrowing.of(dict(method.channels(stats, options)), inventory, options)
+        wide = {i: (e.n, e.down[1]) for i, e in inventory.experts.items()}
+        return Narrowing.of(_blank(wide), inventory, options)
+    blank = _blank({i: (e.n,) for i, e in inventory.experts.items()})
+    if recipe.score is None:
+        return Dropping(blank, inventory)
+    method, options = load_method(recipe.score.method, "score"), recipe.score.options
+    assert method.score is not None  # as above
+    scores = blank if stats is None else dict(method.score(stats, options))
+    return Dropping(scores, inventory, getattr(options, "budget", "layer"), ask.clamp)
+
+
+def _check_bits(recipe: Recipe, ask: Ask, going: Going, share: float) -> None:
+    """Raise RecipeError where experts of many widths are to be rounded."""
+    sized = ask.size is not None or ask.fit is not None
+    bits = recipe.bits if ask.bits is None else ask.bits
+    if share and not going.is_even and (bits < AS_IT_IS or (sized and ask.drop is not None)):
+        raise RecipeError(
+            "experts of many widths can only stay at 16 bits; set channels.budget=expert, which gives all "
+            "experts one width, or leave out --bits, --size and --fit"
+        )
 
 
 def decide(recipe: Recipe, ask: Ask, stats: Stats, inventory: Inventory) -> Plan:
@@ -117,16 +147,14 @@ def decide(recipe: Recipe, ask: Ask, stats: Stats, inventory: Inventory) -> Plan
     method = load_method(recipe.allocate.method, "allocate")
     allocate = method.allocate
     assert allocate is not None  # load_method saw to it
-    scores = _blank(inventory)
-    if recipe.score is not None:
-        score = load_method(recipe.score.method, "score").score
-        assert score is not None  # as above
-        scores = dict(score(stats, recipe.score.options))
+    going = _going(recipe, ask, inventory, stats)
 
     def widths(kept: Kept, bits: float) -> Mapping[int, tuple[int, ...]]:
         return allocate(survivors(recipe, stats, kept), bits, recipe.allocate.options)
 
-    made, kept = _met(recipe, ask, inventory, scores, widths)
+    made, kept = _met(recipe, ask, inventory, going, widths)
+    if made.narrowed and isinstance(going, Narrowing):
+        made = with_order(made, going.order())
     return _skipping(made, recipe.skip, survivors(recipe, stats, kept))
 
 
@@ -139,23 +167,18 @@ def foresee(recipe: Recipe, ask: Ask, inventory: Inventory) -> Plan:
     def widths(kept: Kept, bits: float) -> Mapping[int, tuple[int, ...]]:
         return recipe.even_widths({i: len(ids) for i, ids in kept.items()}, bits)
 
-    return _met(recipe, ask, inventory, _blank(inventory), widths)[0]
+    return _met(recipe, ask, inventory, _going(recipe, ask, inventory), widths)[0]
 
 
-def _blank(inventory: Inventory) -> dict[int, Tensor]:
-    return {i: torch.zeros(e.n, dtype=torch.float64) for i, e in inventory.experts.items()}
+def _blank(shapes: Mapping[int, tuple[int, ...]]) -> dict[int, Tensor]:
+    return {i: torch.zeros(shape, dtype=torch.float64) for i, shape in shapes.items()}
 
 
 def _met(
-    recipe: Recipe, ask: Ask, inventory: Inventory, scores: Mapping[int, Tensor], widths: Widths
+    recipe: Recipe, ask: Ask, inventory: Inventory, going: Going, widths: Widths
 ) -> tuple[Plan, Kept]:
     """(the plan that meets the request, the experts that it keeps)."""
-    spread, found = _spread(recipe), dict[float, Kept]()
-
-    def keep(share: float) -> Kept:
-        if share not in found:
-            found[share] = kept_of(scores, inventory, share, spread)
-        return found[share]
+    keep, counts = cache(going.kept), cache(going.counts)
 
     def make(share: float, bits: float) -> Plan:
         kept = keep(share)
@@ -163,15 +186,14 @@ def _met(
             given: Mapping[int, tuple[int, ...]] = {i: (16,) * len(k) for i, k in kept.items()}
         else:
             given = widths(kept, bits)
-        layers = fates_of(kept, given, inventory, recipe.group)
-        picked = check_share(inventory, share, spread, clamp=ask.clamp)
-        return Plan("", "", layers, rest=recipe.rest, top_k=picked)
+        layers = fates_of(kept, given, inventory, recipe.group, counts(share))
+        return Plan("", "", layers, rest=recipe.rest, top_k=going.check(share))
 
     share, size = ask.share(recipe), ask.size_bytes(inventory)
     if size is None:
         return make(share, recipe.bits if ask.bits is None else ask.bits), keep(share)
     if _drops_to_fit(recipe, ask):
-        share = _least_drop(make, shares(inventory, spread, clamp=ask.clamp), inventory, size)
+        share = _least_drop(make, going.shares(), inventory, size)
         return make(share, AS_IT_IS), keep(share)
     if recipe.bits == AS_IT_IS and price(inventory, make(share, AS_IT_IS)) <= size:
         return make(share, AS_IT_IS), keep(share)
@@ -201,15 +223,17 @@ def _least(recipe: Recipe, ask: Ask, inventory: Inventory) -> int:
     """Bytes that no plan of this recipe is smaller than."""
     bits, share = recipe.widths()[0], ask.share(recipe)
     if _drops_to_fit(recipe, ask):
-        bits, share = 16, shares(inventory, _spread(recipe), clamp=ask.clamp)[-1]
+        bits, share = 16, _going(recipe, ask, inventory).shares()[-1]
     return price(inventory, at_width(recipe, share, inventory, bits))
 
 
 def at_width(recipe: Recipe, share: float, inventory: Inventory, bits: int) -> Plan:
     """A plan that drops a share and gives all others `bits`, whether the recipe itself would or not."""
-    kept = kept_of(_blank(inventory), inventory, share, _spread(recipe))
+    going = _going(recipe, Ask(), inventory)
+    kept = going.kept(share)
     given = {i: (bits,) * len(ids) for i, ids in kept.items()}
-    return Plan("", "", fates_of(kept, given, inventory, recipe.group), rest=recipe.rest)
+    layers = fates_of(kept, given, inventory, recipe.group, going.counts(share))
+    return Plan("", "", layers, rest=recipe.rest)
 
 
 def price(inventory: Inventory, plan: Plan) -> int:

@@ -132,9 +132,11 @@ def bytes_by_part(inventory: Inventory, plan: Plan) -> dict[str, int]:
     """What `plan` leaves of each part: experts, attention, shared, dense, router, embeddings, other."""
     out = dict.fromkeys(("experts", *REST, "embeddings", "other"), 0)
     for i, e in inventory.experts.items():
+        # of many widths, biases of all experts are as long as before
+        kept = {f.channels for f in plan.layers[i] if isinstance(f, Keep)}
         for fate in plan.layers[i]:
             if isinstance(fate, Keep):
-                out["experts"] += _expert_bytes(e, fate) + e.bias_bytes
+                out["experts"] += _expert_bytes(e, fate, even=len(kept) == 1)
                 out["router"] += e.router_bytes
     for w in inventory.weights.values():
         rows, columns = w.shape
@@ -146,8 +148,23 @@ def bytes_by_part(inventory: Inventory, plan: Plan) -> dict[str, int]:
     return out
 
 
-def _expert_bytes(e: LayerExperts, keep: Keep) -> int:
-    return sum(_weight_bytes(*shape, keep, e.item_bytes) for shape in (e.gate_up, e.down))
+def weights_left(inventory: Inventory, plan: Plan) -> float:
+    """The share of the experts' weights that a plan keeps, in whatever bits."""
+    left = 0.0
+    for i, e in inventory.experts.items():
+        for f in plan.layers[i]:
+            if isinstance(f, Keep):
+                left += e.weights * (1 if f.channels is None else f.channels / e.down[1])
+    return left / inventory.expert_weights
+
+
+def _expert_bytes(e: LayerExperts, keep: Keep, *, even: bool) -> int:
+    (rows, hidden), wide = e.gate_up, e.down[1]
+    left = wide if keep.channels is None else keep.channels
+    biases = (rows * left // wide if even else rows) + hidden
+    shapes = ((rows * left // wide, hidden), (hidden, left))
+    weights = sum(_weight_bytes(*shape, keep, e.item_bytes) for shape in shapes)
+    return weights + e.bias_bytes * biases // (rows + hidden)
 
 
 def _weight_bytes(rows: int, columns: int, keep: Keep, item_bytes: int) -> int:

@@ -62,7 +62,8 @@ def collect(
         with listening(moe, trail.aside, turned=turned) as heard:
             for x, out in step.passes():
                 count.add(x, out)
-        yield step.index, _added_up(streamed, count.sums | expert_sums(streamed, moe, heard, needs))
+        sums = count.sums | expert_sums(streamed, moe, heard, needs)
+        yield step.index, _added_up(streamed, sums, needs)
     if not backward:
         return
     for back in walk_back(streamed, walked, batches, tick, trail):
@@ -78,12 +79,14 @@ def collect(
                 count.add(x, out)
                 grads.append(heard.keep(grad))
         sums = expert_sums(streamed, moe, heard, needs, grads)
-        yield back.index, _added_up(streamed, count.sums | sums)
+        yield back.index, _added_up(streamed, count.sums | sums, needs)
 
 
-def _added_up(streamed: Streamed, sums: Sums) -> Sums:
+def _added_up(streamed: Streamed, sums: Sums, needs: Sequence[Statistic]) -> Sums:
     """Over all processes."""
-    return {name: streamed.ranks.add_up(t) for name, t in sorted(sums.items())}
+    greatest = {s.name for s in needs if s.greatest}
+    ranks = streamed.ranks
+    return {n: ranks.add_up(t, greatest=n in greatest) for n, t in sorted(sums.items())}
 
 
 @dataclass
@@ -106,7 +109,8 @@ class LayerCount:
         for s in self.needs:
             if s.of_layer is not None:
                 more = s.of_layer(seen).double().cpu()
-                self.sums[s.name] = self.sums[s.name] + more if s.name in self.sums else more
+                have = self.sums.get(s.name)
+                self.sums[s.name] = more if have is None else s.join(have, more)
 
 
 @torch.no_grad()
@@ -128,7 +132,7 @@ def expert_sums(
             functions = functions or [s.of or _of(s, seen.expert) for s in wanted]
             for s, of in zip(wanted, functions, strict=True):
                 more = of(seen).double()
-                row[s.name] = row[s.name] + more if s.name in row else more
+                row[s.name] = s.join(row[s.name], more) if s.name in row else more
         rows.append(row)
     # once a statistic: a GPU must not stand still after every expert
     sums = {s.name: torch.stack([row[s.name] for row in rows]).cpu() for s in wanted}
@@ -151,7 +155,7 @@ def router_sums(
         for s in wanted:
             assert s.of_router is not None
             more = s.of_router(seen).double().cpu()
-            sums[s.name] = sums[s.name] + more if s.name in sums else more
+            sums[s.name] = s.join(sums[s.name], more) if s.name in sums else more
     return sums
 
 

@@ -170,7 +170,7 @@ def plan(
 ) -> None:
     """Decide what becomes of every expert; the plan is text to read and edit."""
     from moecule import verbs
-    from moecule.budget import Inventory, bytes_by_part, format_size
+    from moecule.budget import Inventory, bytes_by_part, format_size, weights_left
     from moecule.stats import load_stats
 
     made = verbs.plan(
@@ -183,6 +183,8 @@ def plan(
     parts = bytes_by_part(inventory, made)
     true = 8 * parts["experts"] / inventory.expert_weights
     gone = f"{made.dropped} experts dropped, " if made.dropped else ""
+    if made.narrowed:
+        gone = f"{1 - weights_left(inventory, made):.4g} of the experts' weights dropped, "
     width = f"{made.nominal_bits:.3f} nominal bits, {true:.3f} true bits a routed expert's weight"
     size = f"{format_size(sum(parts.values()))} in all"
     say(f"{out}: {gone}{width}, {size}; next: moecule apply {made.model} {out} -o OUT")

@@ -17,6 +17,7 @@ from moecule.files import write_text
 from moecule.folder import remains
 from moecule.inventory import take_inventory
 from moecule.journal import only_one, placed, sweep
+from moecule.order import save_plan
 from moecule.recipe import Recipe, load_recipe
 from moecule.result import Result, load_result
 from moecule.session import Compute, Progress, open_checkpoint, silent, stream
@@ -132,7 +133,7 @@ def _planned(out: Path, recipe: Recipe, ask: Ask) -> None:
     """Write the plan's file if it is not there. Raises OutputError for another request's."""
     wanted, file = plan(out / "stats", recipe=recipe, ask=ask), out / "plan.yaml"
     if not file.is_file():
-        write_text(file, wanted.dumps())
+        save_plan(wanted, file)
         return
     found, result = read_plan(file), out / "result.json"
     if found.made_by != wanted.made_by or found.digest != wanted.digest:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from jaxtyping import Float64
@@ -23,6 +24,37 @@ from moecule.plan import Drop, Keep
 Spread = Literal["layer", "model"]
 Kept = Mapping[int, tuple[int, ...]]  # by layer: the experts that stay, rising
 IN_GROUP = 2  # experts that a group must keep: some routers score a group by its best two
+
+
+@dataclass(frozen=True)
+class Dropping:
+    """What may go of a model's experts, and in which order."""
+
+    scores: Mapping[int, Float64[Tensor, " E"]]
+    inventory: Inventory
+    spread: Spread = "layer"
+    clamp: bool = False  # where fewer stay than the router picks, let it pick fewer
+
+    def kept(self, share: float) -> dict[int, tuple[int, ...]]:
+        """The experts that stay."""
+        return kept_of(self.scores, self.inventory, share, self.spread)
+
+    def counts(self, share: float) -> dict[int, tuple[int | None, ...]]:
+        """How many channels those that stay keep: None, which is all."""
+        return {i: (None,) * len(ids) for i, ids in self.kept(share).items()}
+
+    def shares(self) -> list[float]:
+        """Every share that makes another plan and may be asked for, rising from 0."""
+        return shares(self.inventory, self.spread, clamp=self.clamp)
+
+    def check(self, share: float) -> int | None:
+        """As `check_share`."""
+        return check_share(self.inventory, share, self.spread, clamp=self.clamp)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all experts of a layer have one width."""
+        return True
 
 
 def parse_share(given: float | str) -> float:
@@ -153,12 +185,18 @@ def _check_layer(e: LayerExperts, share: float, asked: str, *, clamp: bool) -> N
 
 
 def fates_of(
-    kept: Kept, widths: Mapping[int, tuple[int, ...]], inventory: Inventory, group: int
+    kept: Kept,
+    widths: Mapping[int, tuple[int, ...]],
+    inventory: Inventory,
+    group: int,
+    channels: Mapping[int, tuple[int | None, ...]],
 ) -> dict[int, tuple[Keep | Drop, ...]]:
-    """What becomes of every expert; `widths` are of those that stay, in their order."""
+    """What becomes of every expert; `widths` (bits) and `channels` are of those that stay, in order."""
     out: dict[int, tuple[Keep | Drop, ...]] = {}
     for i, e in sorted(inventory.experts.items()):
-        keeps = [Keep() if b == 16 else Keep(b, group) for b in widths[i]]
+        keeps = [
+            Keep(b, 0 if b == 16 else group, c) for b, c in zip(widths[i], channels[i], strict=True)
+        ]
         by = dict(zip(kept[i], keeps, strict=True))
         out[i] = tuple(by.get(j, Drop()) for j in range(e.n))
     return out

@@ -16,6 +16,7 @@ from moecule.errors import CheckpointError
 from moecule.family import TOP_K_KEYS, Family, text_part
 from moecule.files import write_text, writing
 from moecule.hf import auto_name
+from moecule.order import save_plan
 from moecule.plan import Keep, Plan
 
 REQUIRED = "moecule_required"
@@ -41,7 +42,7 @@ def side_files(source: Path) -> list[Path]:
 # what a killed compress leaves in its folder and takes away when it goes on
 _KILLED = (
     *("stats.partial", "stats.lock", "losses.partial", "losses.lock"),
-    *("plan.yaml.partial", "result.json.partial"),
+    *("plan.yaml.partial", "plan.channels.partial", "result.json.partial"),
 )
 
 
@@ -51,7 +52,7 @@ def remains(out: Path, source: Path) -> set[str]:
     A plan marks the folder as ours; then all that a checkpoint has but config and weights may stay
     and is written anew.
     """
-    ours = {"stats", "plan.yaml", *(f".{n}" for n in _KILLED)}
+    ours = {"stats", "plan.yaml", "plan.channels", *(f".{n}" for n in _KILLED)}
     if not (out / "plan.yaml").is_file():
         return ours
     ours |= {"result.json", "README.md", f"{REQUIRED}.py"}
@@ -90,10 +91,12 @@ def write_config(
     text = text_part(config)
     if plan.top_k is not None:
         _set(text, TOP_K_KEYS, plan.top_k)
-    if is_stock(plan):
+    if is_stock(plan, done.width_key):
         config.pop("auto_map", None)  # names code that is not copied, and not needed
-        kept = sum(isinstance(f, Keep) for f in next(iter(plan.layers.values())))
-        _set(text, family.count_keys, kept)
+        keeps = [f for f in next(iter(plan.layers.values())) if isinstance(f, Keep)]
+        _set(text, family.count_keys, len(keeps))
+        if done.width_key is not None and keeps[0].channels is not None:
+            text[done.width_key] = keeps[0].channels
     else:
         config |= _packed_config(source, plan, done)
         write_text(folder / f"{REQUIRED}.py", REQUIRED_CODE)
@@ -103,7 +106,7 @@ def write_config(
     for file in side_files(source.path):
         with writing(folder / file.name):
             shutil.copyfile(file, folder / file.name)
-    write_text(folder / "plan.yaml", plan.dumps())
+    save_plan(plan, folder / "plan.yaml")
     write_text(folder / "README.md", _card(source, plan, done))
 
 
@@ -147,7 +150,7 @@ def _card(source: Checkpoint, plan: Plan, done: Applied) -> str:
     auto = auto_name(source.config["model_type"])
     needs = (
         ""
-        if is_stock(plan)
+        if is_stock(plan, done.width_key)
         else "import moecule  # pip install moecule; registers the packed layers\n"
     )
     return f"""# {Path(source.name).name}, compressed

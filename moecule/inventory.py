@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -160,6 +161,6 @@ def _saved(checkpoint: Checkpoint, names: list[str]) -> int:
 def _nominal(checkpoint: Checkpoint, model: Any, family: Family) -> float:
     """Mean code bits over all experts that the original has; dropped ones count as 0."""
     widths = checkpoint.config["quantization_config"]["experts"]
-    bits = sum(int(w.partition("g")[0]) for layer in widths.values() for w in layer.split())
+    bits = sum(int(re.split("[gc]", w)[0]) for layer in widths.values() for w in layer.split())
     moes = [m for layer in find_layers(model)[1] if (m := find_moe(layer, family))]
     return float(bits / sum(m.experts.num_experts for m in moes))

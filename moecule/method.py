@@ -17,6 +17,7 @@ from moecule.stats import Statistic, Stats
 
 # what the functions below take as `options` is an instance of the method's own Options
 Score = Callable[[Stats, Any], Mapping[int, Float64[Tensor, " E"]]]
+Channels = Callable[[Stats, Any], Mapping[int, Float64[Tensor, "E F"]]]
 Allocate = Callable[[Stats, float, Any], Mapping[int, tuple[int, ...]]]
 Encode = Callable[
     [Float[Tensor, "E M N"], Float[Tensor, "E N N"] | None, tuple[int, ...], int, Any],
@@ -34,6 +35,9 @@ class Method:
     needs: Callable[[Any], tuple[Statistic, ...]] = lambda options: ()
     score: Score | None = (
         None  # (stats, options) -> {layer: of each expert}; the lowest are dropped
+    )
+    channels: Channels | None = (
+        None  # (stats, options) -> {layer: of each channel}; the lowest of the experts go
     )
     allocate: Allocate | None = None  # (stats, mean bits, options) -> {layer: bits of each expert}
     whole_bits: bool = False  # allocate takes no mean between two widths

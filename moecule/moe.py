@@ -108,7 +108,8 @@ def activated(
     `expert` is read where there are biases.
     """
     if module.has_bias:
-        up = up + getattr(module, f"{first_matrix(module)}_bias")[expert]
+        # experts of many widths have biases of one length, those that count first
+        up = up + getattr(module, f"{first_matrix(module)}_bias")[expert][:, : up.shape[1]]
     return gate_of(module)(up)
 
 

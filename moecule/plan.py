@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
+from jaxtyping import Int32
+from torch import Tensor
 
 from moecule.errors import PlanError
 from moecule.packed import WIDTHS
@@ -26,9 +28,11 @@ class Keep:
 
     bits: int = 16
     group: int = 0  # columns that share a scale; 0 for 16 bits
+    channels: int | None = None  # so many stay, the first of the plan's order; None: all
 
     def __str__(self) -> str:
-        return "keep" if self.bits == 16 else f"keep {self.bits}bit g{self.group}"
+        wide = "" if self.channels is None else f" {self.channels}ch"
+        return f"keep{wide}" if self.bits == 16 else f"keep{wide} {self.bits}bit g{self.group}"
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,9 @@ class Plan:
     encode: Mapping[str, Any] = field(default_factory=lambda: {"method": "rtn"})
     skip: Skip | None = None
     top_k: int | None = None  # experts that routers pick for a token, where fewer than they did
+    channels: str | None = None  # digest of `order`, where any expert keeps some channels only
+    # {MoE layer: every expert's channels, those that go last first}; in a file beside the plan's
+    order: Mapping[int, Int32[Tensor, "E F"]] = field(default_factory=dict, compare=False)
     made_by: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -75,8 +82,14 @@ class Plan:
         return sum(f == Drop() for layer in self.layers.values() for f in layer)
 
     @property
+    def narrowed(self) -> bool:
+        """Whether any expert keeps some of its channels only."""
+        fates = [f for layer in self.layers.values() for f in layer]
+        return any(isinstance(f, Keep) and f.channels is not None for f in fates)
+
+    @property
     def leaves_experts(self) -> bool:
-        """Whether all experts that stay do so as they are."""
+        """Whether the weights that stay of all experts do so as they are."""
         fates = [f for layer in self.layers.values() for f in layer]
         return all(isinstance(f, Drop) or f.bits == 16 for f in fates)
 
@@ -93,6 +106,8 @@ class Plan:
         doc["rest"] = {part: str(self.rest[part]) for part in REST}
         if self.top_k is not None:
             doc["top_k"] = self.top_k
+        if self.channels is not None:
+            doc["channels"] = self.channels
         if self.skip is not None:
             doc["skip"] = {"protect": self.skip.protect, "thresholds": _spaced(self.skip)}
         doc["layers"] = {layer: _lines(fates) for layer, fates in sorted(self.layers.items())}
@@ -108,22 +123,23 @@ class Plan:
                 raise  # says more
             raise PlanError(f"plan: not YAML: {' '.join(str(e).split())}") from e
         wanted = {"model", "digest", "made_by", "encode", "rest", "layers"}
-        if not isinstance(doc, dict) or not wanted <= set(doc) <= wanted | {"skip", "top_k"}:
+        more = {"skip", "top_k", "channels"}
+        if not isinstance(doc, dict) or not wanted <= set(doc) <= wanted | more:
             found = sorted(map(str, doc)) if isinstance(doc, dict) else type(doc).__name__
             raise PlanError(
-                f"plan: found keys {found}, wanted {sorted(wanted)}, maybe skip and top_k"
+                f"plan: found keys {found}, wanted {sorted(wanted)}, maybe skip, top_k and channels"
             )
         if not isinstance(doc["rest"], dict) or set(doc["rest"]) != set(REST):
             raise PlanError(f"plan: rest has {doc['rest']!r}, wanted one line each for {REST}")
         rest = {part: _fate(str(verb), f"rest, {part}") for part, verb in doc["rest"].items()}
-        if Drop() in rest.values():
+        if any(isinstance(f, Drop) or f.channels is not None for f in rest.values()):
             raise PlanError("plan: rest, only experts can be dropped; wanted keep or keep 3bit g64")
         for key in ("made_by", "encode"):
             if not isinstance(doc[key], dict):
                 raise PlanError(f"plan: {key} has {doc[key]!r}, wanted keys and values")
         if not isinstance(doc["layers"], dict) or not doc["layers"]:
             raise PlanError("plan: there are no layers")
-        return Plan(
+        made = Plan(
             model=str(doc["model"]),
             digest=str(doc["digest"]),
             layers={_number(k, "layers"): _fates(k, v) for k, v in doc["layers"].items()},
@@ -131,8 +147,15 @@ class Plan:
             encode=doc["encode"],
             skip=_skip(doc["skip"]) if "skip" in doc else None,
             top_k=_top_k(doc["top_k"]) if "top_k" in doc else None,
+            channels=str(doc["channels"]) if "channels" in doc else None,
             made_by=doc["made_by"],
         )
+        if made.narrowed and made.channels is None:
+            raise PlanError(
+                "plan: an expert keeps some channels, and the plan does not name which; wanted channels: "
+                "and the digest of their order"
+            )
+        return made
 
 
 class _OneKeyOnce(yaml.SafeLoader):
@@ -212,13 +235,18 @@ def _fate(verb: str, where: str) -> Fate:
         return Drop()
     if verb == "keep":
         return Keep()
-    match = re.fullmatch(r"keep (\d{1,9})bit g(\d{1,9})", verb)
+    match = re.fullmatch(r"keep(?: (\d{1,9})ch)?(?: (\d{1,9})bit g(\d{1,9}))?", verb)
     if not match:
-        raise PlanError(f"plan: {where}: cannot read {verb!r}; wanted keep, keep 3bit g64, or drop")
-    bits, group = int(match[1]), int(match[2])
+        raise PlanError(
+            f"plan: {where}: cannot read {verb!r}; wanted keep, keep 3bit g64, keep 192ch, or drop"
+        )
+    channels = None if match[1] is None else int(match[1])
+    if match[2] is None:
+        return Keep(channels=channels)
+    bits, group = int(match[2]), int(match[3])
     if bits not in WIDTHS or group < 1:
         raise PlanError(f"plan: {where}: {verb!r} wants 1 to 8 bits and a group of 1 or more")
-    return Keep(bits, group)
+    return Keep(bits, group, channels)
 
 
 def _fates(layer: Any, lines: Any) -> tuple[Fate, ...]:

@@ -40,12 +40,12 @@ class Ranks:
         """The process that rounds expert e."""
         return e % self.size
 
-    def add_up(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, for all of them."""
+    def add_up(self, tensor: Tensor, *, greatest: bool = False) -> Tensor:
+        """The sum over all processes, or the greatest of each number, for all of them."""
         if self.size == 1:
             return tensor
         moved = tensor.to(_device()).contiguous()
-        dist.all_reduce(moved)
+        dist.all_reduce(moved, dist.ReduceOp.MAX if greatest else dist.ReduceOp.SUM)
         return moved.to(tensor.device)
 
     def sum_to(self, tensor: Tensor, owner: int) -> None:

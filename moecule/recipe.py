@@ -56,11 +56,17 @@ class Recipe:
     rest: Mapping[str, Keep] = field(default_factory=dict)
     skip: Part | None = None
     score: Part | None = None  # says which experts to drop
-    drop: float = 0.0  # the share of them when --drop is not given
+    channels: Part | None = None  # says which channels of the experts to drop
+    drop: float = 0.0  # the share of either when --drop is not given
 
     def needs(self) -> tuple[Statistic, ...]:
         """The statistics that its methods read, each once."""
-        parts = {"score": self.score, "allocate": self.allocate, "thresholds": self.skip}
+        parts = {
+            "score": self.score,
+            "channels": self.channels,
+            "allocate": self.allocate,
+            "thresholds": self.skip,
+        }
         given = {what: part for what, part in parts.items() if part is not None}
         found = [
             s for what, p in given.items() for s in load_method(p.method, what).needs(p.options)
@@ -74,6 +80,11 @@ class Recipe:
         """
         others = () if self.score is None else DROPPING
         return tuple(dict.fromkeys((COUNT, *self.needs(), *others)))
+
+    @property
+    def drops(self) -> bool:
+        """Whether it says which experts, or which channels of them, go."""
+        return self.score is not None or self.channels is not None
 
     @property
     def rounds(self) -> bool:
@@ -159,7 +170,7 @@ def load_recipe(name: str | Path, changes: Mapping[str, Any] | None = None) -> R
 
 def _recipe(path: Path, doc: dict[str, Any]) -> Recipe:
     known = {"about", "paper", "group", "bits", "drop", "data", "allocate", "encode", "rest"}
-    _refuse_unknown(str(path), doc, known | {"score", "skip"})
+    _refuse_unknown(str(path), doc, known | {"score", "channels", "skip"})
     for key in ("allocate", "encode"):
         if not isinstance(doc.get(key), dict):
             raise RecipeError(f"{path}: there is no [{key}] table; it must name a method")
@@ -167,10 +178,11 @@ def _recipe(path: Path, doc: dict[str, Any]) -> Recipe:
     if not 1 <= group < 10**9:
         raise RecipeError(f"{path}: group = {group}, wanted 1 column or more")
     drop = _value(float, doc.get("drop", 0.0), f"{path}: drop")
-    if not 0 <= drop < 1 or (drop and "score" not in doc):
-        wanted = (
-            "a share of the experts, from 0 to 1" if "score" in doc else "a [score] table with it"
-        )
+    able = [key for key in ("score", "channels") if key in doc]
+    if len(able) > 1:
+        raise RecipeError(f"{path}: both [score] and [channels]; one recipe drops one or the other")
+    if not 0 <= drop < 1 or (drop and not able):
+        wanted = "a share of the experts, from 0 to 1" if able else "a [score] table with it"
         raise RecipeError(f"{path}: drop = {drop:g}, wanted {wanted}")
     rest = doc.get("rest", {})
     _refuse_unknown(f"{path} [rest]", rest, set(REST))
@@ -185,7 +197,7 @@ def _recipe(path: Path, doc: dict[str, Any]) -> Recipe:
         encode=part_of(f"{path} [encode]", doc["encode"], "encode", group),
         rest={part: _keep(rest.get(part, 16), group, f"{path} [rest] {part}") for part in REST},
         skip=part_of(f"{path} [skip]", doc["skip"], "thresholds", group) if "skip" in doc else None,
-        score=part_of(f"{path} [score]", doc["score"], "score", group) if "score" in doc else None,
+        **{key: part_of(f"{path} [{key}]", doc[key], key, group) for key in able},
         drop=drop,
     )
 

@@ -26,13 +26,14 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moecule import forward, online
-from moecule.experts import Experts
+from moecule.experts import Expert, Experts
 from moecule.family import load_family
 from moecule.hf import auto_class, set_experts
 from moecule.kernels import cpu
 from moecule.moe import find_layers, find_moe, first_matrix, select_experts
 from moecule.packed import Packed, packed_of, words_per_row
 from moecule.plan import Keep
+from moecule.ragged import Ragged
 
 MODEL_TYPE = "moecule"
 FORMAT = 1
@@ -112,22 +113,39 @@ def prepare_experts(module: Any, keeps: Sequence[Keep]) -> None:
     up, down = getattr(module, first), module.down_proj
     if module.is_transposed:
         up, down = up.mT, down.mT
-    shapes = {"gate_up": (up.shape[1], up.shape[2]), "down": (down.shape[1], down.shape[2])}
-    dtype, n = up.dtype, len(keeps)
+    dtype, n, full = up.dtype, len(keeps), down.shape[2]
+    widths = [full if k.channels is None else k.channels for k in keeps]
+    ragged = len(set(widths)) > 1
+    if not ragged:
+        left = widths[0]
+        shapes = {
+            "gate_up": (up.shape[1] * left // full, up.shape[2]),
+            "down": (down.shape[1], left),
+        }
     if module.has_bias:
         for name in (f"{first}_bias", "down_proj_bias"):
-            bias = getattr(module, name)
-            setattr(module, name, nn.Parameter(bias.data[:n], requires_grad=False))
+            long = shapes["gate_up"][0] if name.startswith(first) and not ragged else None
+            bias = getattr(module, name).data[:n, :long]
+            setattr(module, name, nn.Parameter(bias, requires_grad=False))
     delattr(module, first)
     del module.down_proj
-    kinds = sorted(set(keeps), key=lambda k: (k.bits, k.group))
-    module.packed = nn.ModuleDict(
-        {_kind(k): Stack(sum(k == have for have in keeps), shapes, k, dtype) for k in kinds}
-    )
-    module.slots = [(_kind(k), list(keeps[:e]).count(k)) for e, k in enumerate(keeps)]
+    if ragged:
+        module.packed = nn.ModuleDict(
+            {RAGGED: Ragged(widths, up.shape[1] // full, up.shape[2], dtype)}
+        )
+        module.slots = [(RAGGED, e) for e in range(n)]
+    else:
+        kinds = sorted(set(keeps), key=lambda k: (k.bits, k.group))
+        module.packed = nn.ModuleDict(
+            {_kind(k): Stack(sum(k == have for have in keeps), shapes, k, dtype) for k in kinds}
+        )
+        module.slots = [(_kind(k), list(keeps[:e]).count(k)) for e, k in enumerate(keeps)]
     module.num_experts = n
     module.skip, module.exact = None, True
     module.uses = None  # of each expert, where `offload` counts them
+
+
+RAGGED = "bits16"  # experts of many widths stay at 16 bits
 
 
 def _kind(keep: Keep) -> str:
@@ -143,6 +161,16 @@ def fill_experts(
         for name, weights in dense.items():
             value = packed[name][e]
             module.packed[kind].set(name, row, weights[e] if value is None else value)
+
+
+def fill_ragged(module: Any, narrow: Sequence[Expert]) -> None:
+    """As `fill_experts`, of experts of many widths; biases begin with those that count."""
+    for e, expert in enumerate(narrow):
+        module.packed[RAGGED].set("gate_up", e, expert.gate_up)
+        module.packed[RAGGED].set("down", e, expert.down)
+        if expert.gate_up_bias is not None:
+            bias = getattr(module, f"{first_matrix(module)}_bias").data[e]
+            bias.zero_()[: len(expert.gate_up_bias)] = expert.gate_up_bias
 
 
 ALL_EXPERTS_FUNCTIONS.register(MODEL_TYPE, forward.packed_forward)
@@ -187,7 +215,8 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(
         self,
-        experts: dict[str, str] | None = None,  # {layer: "3g64 3g64 16 ..."}, those that are left
+        experts: dict[str, str]
+        | None = None,  # {layer: "3g64 3g64 16c192 ..."}, those that are left
         weights: dict[str, str] | None = None,  # {module: "4g64"}
         skip: dict[str, Any] | None = None,  # online.SkipSettings
         format: int = FORMAT,
@@ -207,14 +236,16 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 def keep_text(keep: Keep) -> str:
-    """The short form in config.json."""
-    return "16" if keep.bits == 16 else f"{keep.bits}g{keep.group}"
+    """The short form in config.json: 3g64, or 3g64c192 where 192 channels stay."""
+    wide = "" if keep.channels is None else f"c{keep.channels}"
+    return ("16" if keep.bits == 16 else f"{keep.bits}g{keep.group}") + wide
 
 
 def keep_from(text: str) -> Keep:
     """The inverse of `keep_text`."""
-    bits, _, group = text.partition("g")
-    return Keep(int(bits), int(group or 0))
+    coded, _, channels = text.partition("c")
+    bits, _, group = coded.partition("g")
+    return Keep(int(bits), int(group or 0), int(channels) if channels else None)
 
 
 def prepare_model(model: Any, config: PackedConfig) -> None:

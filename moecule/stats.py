@@ -1,7 +1,7 @@
 """What calibration counts, and the sums it keeps.
 
-A Statistic says what one expert adds for the tokens it served. Only sums are kept, never
-means, so batches, shards and GPUs add up; whoever reads them divides.
+A Statistic says what one expert adds for the tokens it served. Only sums are kept (and here and
+there the greatest of all), never means, so batches, shards and GPUs add up; whoever reads them divides.
 """
 
 from __future__ import annotations
@@ -89,6 +89,11 @@ class Statistic:
     )
     backward: bool = False  # reads Seen.grad
     turned: bool = False  # reads Seen.turn
+    greatest: bool = False  # of two batches the greater number is kept, not the sum
+
+    def join(self, a: Tensor, b: Tensor) -> Tensor:
+        """Of two batches, or shards, together."""
+        return torch.maximum(a, b) if self.greatest else a + b
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Statistic) and other.name == self.name

@@ -19,12 +19,13 @@ from moecule.batch import Batch, digest, n_tokens, shape_of
 from moecule.budget import Inventory
 from moecule.calibrate import collect, countable
 from moecule.data import Sampling
-from moecule.errors import CheckpointError, DataError, OutputError, PlanError, RecipeError
-from moecule.files import write_text
+from moecule.errors import CheckpointError, DataError, OutputError, RecipeError
 from moecule.folder import made_of, remains, write_config
 from moecule.hf import Streamed
 from moecule.inventory import take_inventory
 from moecule.journal import Journal, Trail, journal_of, placed, sweep
+from moecule.order import read_plan as read_plan  # the verb beside plan and apply
+from moecule.order import save_plan
 from moecule.plan import Drop, Plan
 from moecule.recipe import Recipe, load_recipe, part_of
 from moecule.session import (
@@ -205,6 +206,7 @@ def plan(
         made_by={
             "recipe": chosen.name,
             **({"score": chosen.score.as_dict()} if chosen.score else {}),
+            **({"channels": chosen.channels.as_dict()} if chosen.channels else {}),
             "allocate": chosen.allocate.as_dict(),
             "encode": chosen.encode.as_dict(),
             "rest": {part: str(keep) for part, keep in chosen.rest.items()},
@@ -215,7 +217,7 @@ def plan(
     )
     _warn_of_few(made, sums)
     if out is not None:
-        write_text(Path(out), made.dumps())
+        save_plan(made, Path(out))
     return made
 
 
@@ -236,14 +238,6 @@ def _warn_of_few(plan: Plan, sums: Mapping[int, Mapping[str, Tensor]]) -> None:
             "on little; calibrate on more text (--samples)",
             stacklevel=3,
         )
-
-
-def read_plan(path: str | Path) -> Plan:
-    """A plan from its file. Raises PlanError where it cannot be read."""
-    try:
-        return Plan.loads(Path(path).read_text())
-    except (OSError, UnicodeDecodeError) as e:
-        raise PlanError(f"{path} cannot be read as a plan: {e}") from e
 
 
 def apply(

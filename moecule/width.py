@@ -1,0 +1,130 @@
+"""Cutting channels out of a layer's experts, and under which key a config holds their number."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Int, Int32
+from torch import Tensor
+
+from moecule.experts import Expert, Experts
+from moecule.hf import WRONG, Streamed, auto_class, quiet, set_experts
+from moecule.moe import Moe, experts_in, experts_of, put_experts
+from moecule.narrow import ALIGNED
+from moecule.plan import Keep
+
+
+def widths_of(keeps: Sequence[Keep], full: int) -> list[int]:
+    """Channels of each expert."""
+    return [full if k.channels is None else k.channels for k in keeps]
+
+
+def rows_of(module: Any, channels: Int[Tensor, " c"], full: int) -> Int[Tensor, " R"]:
+    """The rows of an expert's first matrix that are of these channels, in their order."""
+    if not module.has_gate:
+        return channels
+    if module.is_concatenated:
+        return torch.cat([channels, full + channels])
+    return torch.stack([2 * channels, 2 * channels + 1], 1).flatten()
+
+
+def narrow_expert(module: Any, expert: Expert, channels: Int[Tensor, " c"]) -> Expert:
+    """The expert with these channels alone, in their order."""
+    at = channels.long().to(expert.down.device)
+    rows = rows_of(module, at, expert.down.shape[1])
+    bias = expert.gate_up_bias
+    return replace(
+        expert,
+        gate_up=expert.gate_up[rows],
+        down=expert.down[:, at],
+        gate_up_bias=None if bias is None else bias[rows],
+    )
+
+
+def cut_channels(
+    streamed: Streamed, moe: Moe, keeps: Sequence[Keep], order: Int32[Tensor, "E F"]
+) -> list[Expert] | None:
+    """Let the experts have the channels that stay, in place; `order` is of those that are there.
+
+    Of one width they become narrower. Of many, what the other channels give is multiplied by 0, and the
+    narrow experts are returned besides. Channels keep the order they had.
+    """
+    experts = experts_of(moe.experts)
+    full = experts.down.shape[2]
+    widths = widths_of(keeps, full)
+    stay = [of[:n].sort().values for of, n in zip(order, widths, strict=True)]
+    narrow = [narrow_expert(moe.experts, experts[e], at) for e, at in enumerate(stay)]
+    if len(set(widths)) > 1:
+        for e, at in enumerate(stay):
+            gone = torch.ones(full, dtype=torch.bool)
+            gone[at.long()] = False
+            experts.down[e][:, gone.to(experts.down.device)] = 0
+        return narrow
+    made = Experts(
+        torch.stack([e.gate_up for e in narrow]),
+        torch.stack([e.down for e in narrow]),
+        experts.gate,
+        None
+        if experts.gate_up_bias is None
+        else torch.stack([e.gate_up_bias for e in narrow if e.gate_up_bias is not None]),
+        experts.down_bias,
+        experts.end,
+    )
+    put_experts(moe.experts, made)
+    if any(p.shape[-1] * p.element_size() % 16 for p in moe.experts.parameters()):
+        set_experts(streamed.model, "eager")  # as hf.choose_experts
+    return None
+
+
+def width_key(streamed: Streamed, channels: int) -> str | None:
+    """The config key that, set to `channels`, makes the model's experts so wide and changes nothing else.
+
+    It is tried, on meta. None where no key does so alone: where shared experts get their width from the
+    same key, say; and for widths that torch's grouped product cannot take.
+    """
+    whole = streamed.model.config
+    text = whole.get_text_config().to_dict()
+    wide = {experts_of(m).down.shape[2] for _, m in experts_in(streamed.model)}
+    if len(wide) > 1 or channels % ALIGNED or not channels:
+        return None
+    (full,) = wide
+    keys = [k for k, v in text.items() if v == full and ("intermediate" in k or "ffn" in k)]
+    want = _narrowed(streamed, channels)
+    key: str
+    for key in sorted(keys, key=lambda k: (not k.startswith("moe"), k)):
+        config = copy.deepcopy(whole)
+        setattr(config.get_text_config(), key, channels)
+        try:
+            with torch.device("meta"), quiet():
+                made = auto_class(type(config)).from_config(config, dtype=streamed.model.dtype)
+        except WRONG:  # it is not meant so
+            continue
+        if {n: t.shape for n, t in made.state_dict().items()} == want:
+            return key
+    return None
+
+
+def _narrowed(streamed: Streamed, channels: int) -> dict[str, torch.Size]:
+    """Shapes of all tensors when every expert has so many channels."""
+    names = {id(m): n for n, m in experts_in(streamed.model)}
+    found = {n: t.shape for n, t in streamed.model.state_dict().items()}
+    for _, module in experts_in(streamed.model):
+        full = experts_of(module).down.shape[2]
+        rows = (2 * full, 2 * channels) if module.has_gate else (full, channels)
+        first = "gate_up_proj" if module.has_gate else "up_proj"
+        for leaf, (before, after) in {
+            first: rows, f"{first}_bias": rows, "down_proj": (full, channels),
+        }.items():  # fmt: skip
+            name = f"{names[id(module)]}.{leaf}"
+            if name in found:
+                shape = list(found[name])
+                last = leaf.endswith("_bias") or module.is_transposed == (leaf == first)
+                at = len(shape) - 1 if last else len(shape) - 2
+                assert shape[at] == before  # the experts module says how its weights lie
+                shape[at] = after
+                found[name] = torch.Size(shape)
+    return found
