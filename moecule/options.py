@@ -27,7 +27,12 @@ Bits = Annotated[
 Size = Annotated[str | None, typer.Option(help="True bytes of the checkpoint: 20GB, 16GiB.")]
 Fit = Annotated[str | None, typer.Option(help="As --size, with a KV cache of --context tokens.")]
 Gone = Annotated[
-    str | None, typer.Option("--drop", help="Share of the experts that goes: 25%.", metavar="SHARE")
+    str | None,
+    typer.Option(
+        "--drop",
+        help="Share of the experts, or of their channels, that goes: 25%.",
+        metavar="SHARE",
+    ),
 ]
 Clamp = Annotated[
     bool,

@@ -126,7 +126,10 @@ def test_channels_that_no_token_reached_go_first_and_permuting_experts_permutes_
     method, g = NARROWING[name], torch.Generator().manual_seed(0)
     needs = method.needs(method.options())
     sums = {
-        0: {s.name: torch.rand(*((8,) if s is COUNT else (8, 4)), generator=g).double() + 1 for s in needs}
+        0: {
+            s.name: torch.rand(*((8,) if s is COUNT else (8, 4)), generator=g).double() + 1
+            for s in needs
+        }
     }
     for t in sums[0].values():
         t[3] = 0
@@ -317,7 +320,10 @@ def test_the_order_of_channels_lies_beside_the_plan(tmp_path):
 # what is written
 
 
-def narrowed(streamed: Any, width: Any, keep: Keep = Keep()) -> Plan:
+AS_IT_IS = Keep()
+
+
+def narrowed(streamed: Any, width: Any, keep: Keep = AS_IT_IS) -> Plan:
     """width(layer, expert) channels of every expert, by lots."""
     plan = tiny.plan(streamed, lambda i, e: replace(keep, channels=width(i, e)))
     g, order = torch.Generator().manual_seed(1), {}
@@ -383,7 +389,9 @@ STOCK = {"gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"}
 def test_one_width_is_a_stock_checkpoint_where_a_config_key_says_it(name, checkpoint, tmp_path):
     streamed = tiny.stream(checkpoint(name))
     done = tiny.write(streamed, narrowed(streamed, even), tmp_path / "out", tiny.tokens())
-    assert (done.width_key is not None) == (name in STOCK)  # others: shared experts read the key too
+    assert (done.width_key is not None) == (
+        name in STOCK
+    )  # others: shared experts read the key too
     config = Checkpoint.open(tmp_path / "out").config
     if name in STOCK:
         assert config["model_type"] == name and config[done.width_key] == 8
@@ -410,7 +418,9 @@ def test_channels_go_and_then_bits(name, checkpoint, tmp_path):
         torch.testing.assert_close(tiny.logits(model, batch), want, rtol=1e-4, atol=5e-5)
     weighed = weigh(Checkpoint.open(tmp_path / "out"))
     assert bytes_by_part(foreseen, plan) == weighed["bytes_by_part"]
-    many = replace(plan, layers=narrowed(streamed_again(checkpoint(name)), ragged, Keep(4, 8)).layers)
+    many = replace(
+        plan, layers=narrowed(streamed_again(checkpoint(name)), ragged, Keep(4, 8)).layers
+    )
     with pytest.raises(PlanError, match="experts of many widths can only stay at 16 bits"):
         tiny.write(streamed_again(checkpoint(name)), many, tmp_path / "many", batches)
 
@@ -423,7 +433,10 @@ def streamed_again(folder: Path) -> Any:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda p: replace(p, order={}), "the order of channels that goes with the plan is not of 8"),
+        (
+            lambda p: replace(p, order={}),
+            "the order of channels that goes with the plan is not of 8",
+        ),
         (lambda p: with_width(p, 17), "keeps 17 channels; the model's have 16"),
         (lambda p: with_width(p, 0), "no expert keeps a channel"),
     ],
@@ -436,7 +449,9 @@ def test_a_plan_that_does_not_fit_is_refused(change, said, checkpoint, tmp_path)
 
 def with_width(plan: Plan, width: int) -> Plan:
     """All experts keep so many."""
-    return replace(plan, layers={i: (Keep(channels=width),) * len(f) for i, f in plan.layers.items()})
+    return replace(
+        plan, layers={i: (Keep(channels=width),) * len(f) for i, f in plan.layers.items()}
+    )
 
 
 @pytest.mark.parametrize("name", ["nemotron_h", "gpt_oss", "qwen3_moe"])

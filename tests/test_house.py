@@ -18,6 +18,7 @@ import torch
 import moecule
 from moecule import packed
 from moecule.family import family_names, load_family
+from moecule.listing import PARTS
 from moecule.method import load_all, load_method, method_names
 from moecule.recipe import load_recipe, recipe_names
 
@@ -90,7 +91,7 @@ def test_a_method_names_its_paper_and_supplies_something(name):
     assert ARXIV.search(method.paper)
     doc = importlib.import_module(f"moecule.methods.{name}").__doc__
     assert ARXIV.search(method.paper)[0] in doc
-    assert any(getattr(method, part) for part in ("score", "allocate", "encode", "thresholds"))
+    assert any(getattr(method, part) for part in PARTS)
     assert method.options() == method.options()  # every option has a default
 
 
@@ -135,8 +136,8 @@ def test_a_recipe_loads_with_what_it_names(name):
     assert re.fullmatch(ARXIV, recipe.paper)
     assert load_method(recipe.allocate.method, "allocate")
     assert load_method(recipe.encode.method, "encode")
-    assert 1 <= recipe.bits <= 8 or (recipe.bits == 16 and recipe.score)
-    assert bool(recipe.drop) == (recipe.score is not None)
+    assert 1 <= recipe.bits <= 8 or (recipe.bits == 16 and recipe.drops)
+    assert bool(recipe.drop) == recipe.drops
     assert recipe.needs()
 
 

@@ -1,12 +1,13 @@
-"""Drop experts by every method and measure the loss: one table a model.
+"""Drop experts, or channels of them, by every method and measure the loss: one table a model.
 
     python experiments/drop/measure.py MODEL ... --data TRAIN.jsonl.xz --text VAL/*.txt
-        [--samples 64] [--windows 8] [-o RESULTS.json]
+        [--samples 64] [--windows 8] [-o RESULTS.json] [--add RESULTS.json]
     python experiments/drop/measure.py --tables RESULTS.json      this folder's README.md and
                                                                   moecule/measured.json anew
 
 Calibrates once a model, with the sums of all methods; drops in memory what their plans drop, and
-measures on windows of 512, each method on the same ones.
+measures on windows of 512, each method on the same ones. With --add what that file has is kept, and
+only cases that it lacks are measured.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from moecule.inventory import take_inventory
 from moecule.listing import MEASURED
 from moecule.measure import device_name, window_losses
 from moecule.moe import experts_of, find_layers, find_moe, put_experts, select_experts
-from moecule.plan import Drop, Plan
+from moecule.plan import Drop, Keep, Plan
 from moecule.recipe import Recipe, load_recipe
 from moecule.session import Compute, load, stream, tokenizer_of
 from moecule.text import calibration_batches
@@ -75,6 +76,12 @@ def cases() -> dict[str, tuple[Recipe, ...]]:
         out[f"{name}, over all layers"] = (load_recipe(name, {"score.budget": "model"}),)
     draws = (load_recipe("zcode_random", {"score.seed": seed}) for seed in range(3))
     out["zcode_random"] = tuple(draws)
+    for name in ("heapr", "camera_p"):
+        out[name] = (load_recipe(name),)
+        other = ("layer", "by layer") if name == "heapr" else ("model", "over all layers")
+        for budget, said in (other, ("expert", "one width")):
+            out[f"{name}, {said}"] = (load_recipe(name, {"channels.budget": budget}),)
+    out["heapr, in sum"] = (load_recipe("heapr", {"channels.weigh": "tokens"}),)
     return out
 
 
@@ -95,21 +102,32 @@ def usage(stats: dict[int, Any]) -> list[dict[str, float]]:
 
 
 def pruned(model: Any, family: Any, plan: Plan) -> Any:
-    """A copy without the experts that the plan drops; what `apply` writes is the same."""
+    """A copy without the experts that the plan drops; what `apply` writes is the same.
+
+    Channels that go are multiplied by 0 here.
+    """
     model = copy.deepcopy(model)
     layers = find_layers(model)[1]
     for i, fates in plan.layers.items():
         moe = find_moe(layers[i], family)
         assert moe is not None
+        down = experts_of(moe.experts).down
+        for e, fate in enumerate(fates):
+            if isinstance(fate, Keep) and fate.channels is not None:
+                down[e][:, plan.order[i][e][fate.channels :].long()] = 0
         kept = [e for e, fate in enumerate(fates) if fate != Drop()]
         put_experts(moe.experts, experts_of(moe.experts).select(kept))
         select_experts(moe, kept, len(fates))
     return model
 
 
-def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """All rows of one model."""
-    start, wanted = time.perf_counter(), cases()
+def measure(
+    name: str, args: argparse.Namespace, had: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """All rows of one model; those that it had are not measured again."""
+    known_cases = {row["case"] for row in had["rows"]} if had else set()
+    start = time.perf_counter()
+    wanted = {case: recipes for case, recipes in cases().items() if case not in known_cases}
     streamed = stream(name, COMPUTE)
     family, inventory = streamed.family, take_inventory(streamed)
     sampling = Sampling(samples=args.samples, length=WINDOW)
@@ -124,7 +142,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     known: dict[str, dict[str, list[float]]] = {}
 
     def losses(plan: Plan) -> dict[str, list[float]]:
-        key = json.dumps([[str(f) for f in layer] for _, layer in sorted(plan.layers.items())])
+        fates = [[str(f) for f in layer] for _, layer in sorted(plan.layers.items())]
+        key = json.dumps([plan.channels, fates])
         if key not in known:
             left = pruned(model, family, plan)
             known[key] = {f: window_losses(left, w, 4).tolist() for f, w in windows.items()}
@@ -138,11 +157,17 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
             mean = {f: np.mean([d[f] for d in of], axis=0).tolist() for f in windows}
             rows.append({"case": row, "share": share, "losses": mean})
         print(f"{row}: {time.perf_counter() - start:.0f} s", flush=True)
+    original = losses(inventory.untouched())
+    if had is not None:
+        pairs = [zip(original[f], had["original"][f], strict=True) for f in windows]
+        wide = max(abs(a - b) for of in pairs for a, b in of)
+        assert wide < 1e-4, f"{name} was measured on other windows, or is another model: {wide}"
+        return {**had, "rows": [*had["rows"], *rows]}
     return {
         "model": Path(name).name,
         "device": device_name(model.device),
         "usage": usage(stats),
-        "original": losses(inventory.untouched()),
+        "original": original,
         "rows": rows,
     }
 
@@ -200,6 +225,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("-o", "--out", default="results.json")
+    parser.add_argument("--add")
     parser.add_argument("--tables")
     args = parser.parse_args()
     if args.tables:
@@ -209,7 +235,13 @@ def main() -> None:
         MEASURED.write_text(json.dumps(measured(doc) + others, indent=1) + "\n")
         return
     settings = {"samples": args.samples, "windows": args.windows}
-    doc = {"settings": settings, "models": [measure(name, args) for name in args.models]}
+    before = (
+        json.loads(Path(args.add).read_text()) if args.add else {"settings": settings, "models": []}
+    )
+    assert before["settings"] == settings, "the file that is added to has other settings"
+    had = {m["model"]: m for m in before["models"]}
+    found = [measure(name, args, had.get(Path(name).name)) for name in args.models]
+    doc = {"settings": settings, "models": found}
     Path(args.out).write_text(json.dumps(doc) + "\n")
 
 
