@@ -225,14 +225,14 @@ FEW = 32  # tokens; means over fewer say little
 
 
 def _warn_of_few(plan: Plan, sums: Mapping[int, Mapping[str, Tensor]]) -> None:
-    """Where experts were dropped: how many of those that stay were chosen on little evidence."""
+    """Where experts or channels were dropped: how many of those that stay were chosen on little."""
     few = [
         e
         for i, fates in plan.layers.items()
         for e, fate in enumerate(fates)
         if fate != Drop() and sums[i][COUNT.name][e] < FEW
     ]
-    if plan.dropped and few:
+    if (plan.dropped or plan.narrowed) and few:
         warnings.warn(
             f"{len(few)} of the experts that stay saw fewer than {FEW} tokens, so which go was decided "
             "on little; calibrate on more text (--samples)",

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int, Int32
 from torch import Tensor
 
-from moecule.experts import Expert, Experts
+from moecule.experts import Expert
 from moecule.hf import WRONG, Streamed, auto_class, quiet, set_experts
 from moecule.moe import Moe, experts_in, experts_of, put_experts
 from moecule.narrow import ALIGNED
@@ -57,22 +57,22 @@ def cut_channels(
     full = experts.down.shape[2]
     widths = widths_of(keeps, full)
     stay = [of[:n].sort().values for of, n in zip(order, widths, strict=True)]
-    narrow = [narrow_expert(moe.experts, experts[e], at) for e, at in enumerate(stay)]
     if len(set(widths)) > 1:
+        narrow = [narrow_expert(moe.experts, experts[e], at) for e, at in enumerate(stay)]
         for e, at in enumerate(stay):
             gone = torch.ones(full, dtype=torch.bool)
             gone[at.long()] = False
             experts.down[e][:, gone.to(experts.down.device)] = 0
         return narrow
-    made = Experts(
-        torch.stack([e.gate_up for e in narrow]),
-        torch.stack([e.down for e in narrow]),
-        experts.gate,
-        None
-        if experts.gate_up_bias is None
-        else torch.stack([e.gate_up_bias for e in narrow if e.gate_up_bias is not None]),
-        experts.down_bias,
-        experts.end,
+    device = experts.down.device
+    at = torch.stack(stay).long().to(device)
+    rows = torch.stack([rows_of(moe.experts, of, full) for of in at])
+    each, bias = torch.arange(len(at), device=device)[:, None], experts.gate_up_bias
+    made = replace(
+        experts,
+        gate_up=experts.gate_up[each, rows],
+        down=experts.down.mT[each, at].mT.contiguous(),
+        gate_up_bias=None if bias is None else bias[each, rows],
     )
     put_experts(moe.experts, made)
     if any(p.shape[-1] * p.element_size() % 16 for p in moe.experts.parameters()):

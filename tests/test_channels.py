@@ -425,6 +425,29 @@ def test_channels_go_and_then_bits(name, checkpoint, tmp_path):
         tiny.write(streamed_again(checkpoint(name)), many, tmp_path / "many", batches)
 
 
+@pytest.mark.parametrize("width", [even, ragged])
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_experts_go_and_channels_of_those_that_stay(name, width, checkpoint, tmp_path):
+    batches, streamed = tiny.tokens(2), tiny.stream(checkpoint(name))
+    plan, foreseen = narrowed(streamed, width), take_inventory(streamed)
+    layers = {
+        i: tuple(Drop() if e % 4 == 1 else f for e, f in enumerate(fates))
+        for i, fates in plan.layers.items()
+    }
+    plan = replace(plan, layers=layers)
+    done = tiny.write(streamed, plan, tmp_path / "out", batches)
+    assert (Checkpoint.open(tmp_path / "out").config["model_type"] == name) == (
+        width is even and name in STOCK
+    )
+    model = tiny.load(tmp_path / "out")
+    for batch, hidden in zip(batches, done.last, strict=True):
+        with torch.no_grad():
+            want = streamed.logits(hidden, batch)
+        torch.testing.assert_close(tiny.logits(model, batch), want, rtol=1e-4, atol=5e-5)
+    weighed = weigh(Checkpoint.open(tmp_path / "out"))
+    assert bytes_by_part(foreseen, plan) == weighed["bytes_by_part"]
+
+
 def streamed_again(folder: Path) -> Any:
     """Afresh: writing uses a model up."""
     return tiny.stream(folder)
