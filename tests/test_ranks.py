@@ -26,11 +26,11 @@ def test_the_runs_of_all_processes_are_the_whole_in_order():
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def compress(model: Path, out: Path, processes: int) -> None:
+def compress(model: Path, out: Path, processes: int, *ask: str) -> None:
     """In fresh processes, as a user starts them; gloo, on the CPU."""
     text = out.parent / "text.txt"
     text.write_text(TEXT * 60)
-    verb = ["compress", str(model), "-o", str(out), "--bits", "2.5", *SMALL]
+    verb = ["compress", str(model), "-o", str(out), *ask, *SMALL]
     verb += ["--set", "group=16", "--data", str(text), "--text", str(text), "--device", "cpu"]
     alone = [sys.executable, "-m", "moecule"]
     many = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -42,11 +42,23 @@ def compress(model: Path, out: Path, processes: int) -> None:
     assert ended.returncode == 0, ended.stderr
 
 
-@pytest.mark.parametrize("name", ["mixtral", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
-def test_two_processes_write_what_one_writes(name, checkpoint, tmp_path):
+BITS, CHANNELS = ("--bits", "2.5"), ("--recipe", "camera_p", "--drop", "25%")
+
+
+@pytest.mark.parametrize(
+    ("name", "ask"),
+    [
+        ("mixtral", BITS),
+        pytest.param("deepseek_v3", BITS, marks=pytest.mark.slow),
+        pytest.param(
+            "mixtral", CHANNELS, marks=pytest.mark.slow
+        ),  # the greatest of all, not the sum
+    ],
+)
+def test_two_processes_write_what_one_writes(name, ask, checkpoint, tmp_path):
     model = checkpoint(name, tokenizer=True)
     for n in (1, 2):
-        compress(model, tmp_path / str(n), n)
+        compress(model, tmp_path / str(n), n, *ask)
     (one, meta), (two, meta_two) = (load_stats(tmp_path / n / "stats") for n in "12")
     assert meta | {"sums": None} == meta_two | {"sums": None}  # the digest knows their last bits
     for layer, sums in one.items():
