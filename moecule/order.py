@@ -7,6 +7,7 @@ edited in the plan.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,16 +72,21 @@ def read_plan(path: str | Path) -> Plan:
             f"{path} says how many channels experts keep, and {file.name} beside it, which says which, "
             f"cannot be read ({' '.join(str(e).split())}); plan again"
         ) from e
+    _check(order, file)
     if order_digest(order) != plan.channels:
         raise PlanError(
             f"{file} is not the order of channels that {path} was made with; plan again"
         )
-    _check(order, file)
     return replace(plan, order=order)
 
 
-def _check(order: Order, file: Path) -> None:
+def _check(order: Mapping[int, Tensor], file: Path) -> None:
     for i, of in order.items():
-        wanted: Tensor = torch.arange(of.shape[-1], dtype=torch.int32)
-        if of.dim() != 2 or not torch.equal(of.sort(dim=1).values, wanted.expand_as(of).int()):
+        fits = of.dim() == 2 and of.dtype == torch.int32
+        if not fits or not torch.equal(of.sort(dim=1).values, _all(of)):
             raise PlanError(f"{file}: layer {i} does not name every channel once; plan again")
+
+
+def _all(of: Tensor) -> Tensor:
+    """Every channel once, in each row."""
+    return torch.arange(of.shape[1], dtype=torch.int32).expand_as(of)

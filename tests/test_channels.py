@@ -12,6 +12,7 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from test_cli import SMALL, TEXT, refused, run
 from test_drop import layer, made_of
 from test_laws_written import assert_same_bytes, whole
@@ -311,9 +312,12 @@ def test_the_order_of_channels_lies_beside_the_plan(tmp_path):
     order_file(file).unlink()
     with pytest.raises(PlanError, match="plan.channels beside it, which says which, cannot be"):
         read_plan(file)
-    twice = {0: torch.zeros(5, 8, dtype=torch.int32)}
-    save_plan(with_order(KEPT, twice), file)
-    with pytest.raises(PlanError, match="layer 0 does not name every channel once"):
+    for wrong in (torch.zeros(5, 8).int(), torch.zeros(8).int(), torch.zeros(()), torch.ones(5, 8)):
+        save_file({"layer_0000": wrong}, order_file(file))
+        with pytest.raises(PlanError, match="layer 0 does not name every channel once"):
+            read_plan(file)
+    order_file(file).write_bytes(b"no tensors")
+    with pytest.raises(PlanError, match="plan.channels beside it, which says which, cannot be"):
         read_plan(file)
 
 

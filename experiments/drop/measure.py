@@ -62,8 +62,8 @@ better, but for REAP up to 25 % on mixtral-27m; MAN and MSAN lose more than lots
 on qwen3moe-32m at 50 %. These two models use their experts unevenly (last table), and a mean does not
 see how often an expert is used: it keeps rare ones with long outputs and drops busy ones. (Whether the
 papers' models use theirs more evenly was not looked at.) One calibration, few windows: differences
-within the intervals are not differences. It took 20 minutes, and 13 more for the channels (first 152 and
-66 s each to calibrate, with gradients), on one of two cores that others used too.
+within the intervals are not differences. It took 20 minutes, and 13 more for the channels (--add; 152 and
+66 s of them to calibrate, with gradients), on one of two cores that others used too.
 
 `heapr` and `camera_p` drop channels of experts, the same share of the experts' bytes ("one width": as
 many of every expert). **Does HEAPr beat dropping whole experts at 20 to 40 %?** At 25 % it does, on
