@@ -269,7 +269,10 @@ PLANS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "too few experts": (layer({"keep": "0-6"}), "layer 1 has 7 experts, the model has 8"),
     "too few are kept": (layer({"keep": "0", "drop": "1-7"}), "layer 1 keeps 1 .* picks 2 a token"),
     "odd width": (layer({"keep 9bit g64": "0-7"}), "'keep 9bit g64' wants 1 to 8 bits"),
-    "odd fate": (layer({"lose": "0-7"}), "cannot read 'lose'; wanted keep, keep 3bit g64, keep 192ch, or drop"),
+    "odd fate": (
+        layer({"lose": "0-7"}),
+        "cannot read 'lose'; wanted keep, keep 3bit g64, keep 192ch",
+    ),
     "missing layer": (lambda d: d["layers"].pop(1), r"layers \[0, 2\], .* are \[0, 1, 2\]"),
     "dropped attention": (lambda d: d["rest"].update(attention="drop"), "only experts can be drop"),
     "unknown method": (
