@@ -47,6 +47,9 @@ def write_readme() -> None:
 
 def main() -> int:
     """Run, and write down the families for which every law holds; the others are printed."""
+    if {"-h", "--help"} & {*sys.argv}:
+        print(__doc__)
+        return 0
     if "--readme" in sys.argv:
         write_readme()
         return 0

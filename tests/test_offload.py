@@ -307,6 +307,7 @@ def test_generating_looks_now_and_then_and_says_what_was_served(folder, kernels,
     assert everything.text == plain.text and everything.cache.share == 1
 
 
+@pytest.mark.slow
 @needs_triton
 def test_a_compiled_step_reads_what_tables_say_now(tmp_path):
     """One graph whatever comes and goes; as many uses are counted."""
