@@ -6,6 +6,7 @@ import gc
 import threading
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import every
 import pytest
@@ -53,8 +54,8 @@ def test_states_on_disk_keep_neither_threads_nor_tensors(deep, tmp_path, monkeyp
         threads.append(threading.active_count())
         held.append(alive())
     assert len(held) == 12 and threads[1:] == threads[1:2] * 11
-    # what is being written comes and goes; the states of all layers would be 110 kB, their weights more
-    assert max(held[1:-1]) - min(held[1:-1]) < 30_000
+    # what is being written comes and goes; the states of five layers would be 46 kB, their weights more
+    assert median(held[6:11]) - median(held[1:6]) < 30_000
     assert len(trimmed) == 12
     del others
 
