@@ -89,6 +89,12 @@ def _added_up(streamed: Streamed, sums: Sums, needs: Sequence[Statistic]) -> Sum
     return {n: ranks.add_up(t, greatest=n in greatest) for n, t in sorted(sums.items())}
 
 
+def _put(sums: Sums, statistic: Statistic, more: Tensor) -> None:
+    """What a batch adds, to what those before it did."""
+    name = statistic.name
+    sums[name] = statistic.join(sums[name], more) if name in sums else more
+
+
 @dataclass
 class LayerCount:
     """The statistics of a whole layer, batch by batch."""
@@ -108,9 +114,7 @@ class LayerCount:
         seen = LayerSeen(hidden.flatten(2).flatten(0, 1), out.flatten(2).flatten(0, 1))
         for s in self.needs:
             if s.of_layer is not None:
-                more = s.of_layer(seen).double().cpu()
-                have = self.sums.get(s.name)
-                self.sums[s.name] = more if have is None else s.join(have, more)
+                _put(self.sums, s, s.of_layer(seen).double().cpu())
 
 
 @torch.no_grad()
@@ -131,8 +135,7 @@ def expert_sums(
             # what is made of the expert's weights is made once
             functions = functions or [s.of or _of(s, seen.expert) for s in wanted]
             for s, of in zip(wanted, functions, strict=True):
-                more = of(seen).double()
-                row[s.name] = s.join(row[s.name], more) if s.name in row else more
+                _put(row, s, of(seen).double())
         rows.append(row)
     # once a statistic: a GPU must not stand still after every expert
     sums = {s.name: torch.stack([row[s.name] for row in rows]).cpu() for s in wanted}
@@ -154,8 +157,7 @@ def router_sums(
         seen = Routed(logits[:, :n_experts], prob[:, :n_experts], idx, coef)
         for s in wanted:
             assert s.of_router is not None
-            more = s.of_router(seen).double().cpu()
-            sums[s.name] = s.join(sums[s.name], more) if s.name in sums else more
+            _put(sums, s, s.of_router(seen).double().cpu())
     return sums
 
 

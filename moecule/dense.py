@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +17,8 @@ from moecule.kernels import ops, routing, unpack
 from moecule.kernels.matrices import Matrices
 from moecule.packed import Packed, packed_of
 
-FEW_TOKENS = (
-    12  # up to which a Linear reads its codes anew for every one; a guess, not measured yet
-)
+# up to which a Linear reads its codes anew for every token; a guess, not measured yet
+FEW_TOKENS = 12
 FEW_ROWS, THIN = 8, 1024  # tokens, and rows of a weight, that a router's kernels are for
 
 
@@ -127,12 +126,16 @@ class Peers:
 
 def _pieces(weight: Packed, rows: int) -> list[Packed]:
     """A weight, so many rows at a time."""
-    parts = (weight.codes, weight.scale, weight.scale if weight.zero is None else weight.zero)
+    zero = weight.zero
     return [
-        Packed(codes, scale, None if weight.zero is None else zero, weight.bits, weight.group,
-               weight.columns)
-        for codes, scale, zero in zip(*(t.split(rows) for t in parts), strict=True)
-    ]  # fmt: skip
+        replace(
+            weight,
+            codes=weight.codes[at : at + rows],
+            scale=weight.scale[at : at + rows],
+            zero=None if zero is None else zero[at : at + rows],
+        )
+        for at in range(0, len(weight.codes), rows)
+    ]
 
 
 def linear(module: Any, x: Float[Tensor, "*B N"], of: Matrices) -> Float[Tensor, "T M"]:

@@ -26,37 +26,6 @@ Kept = Mapping[int, tuple[int, ...]]  # by layer: the experts that stay, rising
 IN_GROUP = 2  # experts that a group must keep: some routers score a group by its best two
 
 
-@dataclass(frozen=True)
-class Dropping:
-    """What may go of a model's experts, and in which order."""
-
-    scores: Mapping[int, Float64[Tensor, " E"]]
-    inventory: Inventory
-    spread: Spread = "layer"
-    clamp: bool = False  # where fewer stay than the router picks, let it pick fewer
-
-    def kept(self, share: float) -> dict[int, tuple[int, ...]]:
-        """The experts that stay."""
-        return kept_of(self.scores, self.inventory, share, self.spread)
-
-    def counts(self, share: float) -> dict[int, tuple[int | None, ...]]:
-        """How many channels those that stay keep: None, which is all."""
-        return {i: (None,) * len(ids) for i, ids in self.kept(share).items()}
-
-    def shares(self) -> list[float]:
-        """Every share that makes another plan and may be asked for, rising from 0."""
-        return shares(self.inventory, self.spread, clamp=self.clamp)
-
-    def check(self, share: float) -> int | None:
-        """As `check_share`."""
-        return check_share(self.inventory, share, self.spread, clamp=self.clamp)
-
-    @property
-    def is_even(self) -> bool:
-        """Whether all experts of a layer have one width."""
-        return True
-
-
 def parse_share(given: float | str) -> float:
     """The share of "25%", "0.25" or 0.25. Raises RecipeError for what is none below 1.
 
@@ -70,47 +39,9 @@ def parse_share(given: float | str) -> float:
     return share
 
 
-def kept_of(
-    scores: Mapping[int, Float64[Tensor, " E"]],
-    inventory: Inventory,
-    share: float,
-    spread: Spread,
-) -> dict[int, tuple[int, ...]]:
-    """The experts that stay when `share` of them goes, those of the lowest scores first."""
-    if spread == "model" and share > 0:
-        return _of_model(scores, inventory, share)
-    out = {}
-    for i, e in inventory.experts.items():
-        of, size = scores[i].tolist(), e.n // e.groups
-        left, kept = n_left(e, share) // e.groups, list[int]()
-        for g in range(e.groups):
-            ids = range(g * size, (g + 1) * size)
-            kept += sorted(ids, key=lambda j: (-of[j], j))[:left]
-        out[i] = tuple(sorted(kept))
-    return out
-
-
-def _of_model(
-    scores: Mapping[int, Float64[Tensor, " E"]], inventory: Inventory, share: float
-) -> dict[int, tuple[int, ...]]:
-    """As `kept_of`; a layer keeps what its router picks for a token, at least."""
-    kept = {i: set(range(e.n)) for i, e in inventory.experts.items()}
-    going = _going(inventory, share)
-    ranked = [(s, i, j) for i in kept for j, s in enumerate(scores[i].tolist())]
-    for _, i, j in sorted(ranked, key=lambda at: (at[0], -at[1], -at[2])):
-        if going and len(kept[i]) > inventory.experts[i].top_k:
-            kept[i].remove(j)
-            going -= 1
-    return {i: tuple(sorted(ids)) for i, ids in kept.items()}
-
-
 def n_left(e: LayerExperts, share: float) -> int:
     """Experts of a layer that stay, as many in every group of its router."""
     return e.n - e.groups * int(share * (e.n // e.groups) + 1e-9)
-
-
-def _going(inventory: Inventory, share: float) -> int:
-    return int(share * sum(e.n for e in inventory.experts.values()) + 1e-9)
 
 
 def _reach(e: LayerExperts, left: int) -> int:
@@ -118,49 +49,95 @@ def _reach(e: LayerExperts, left: int) -> int:
     return min(e.top_k, e.top_groups * (left // e.groups))
 
 
-def shares(inventory: Inventory, spread: Spread, *, clamp: bool) -> list[float]:
-    """Every share that makes another plan and that `check_share` lets pass, rising from 0."""
-    all_of = [e.n // e.groups for e in inventory.experts.values()]
-    n = sum(e.n for e in inventory.experts.values()) if spread == "model" else max(all_of)
-    found = [0.0]
-    for k in range(1, n):
-        try:
-            check_share(inventory, k / n, spread, clamp=clamp)
-        except RecipeError:  # too few stay; or in a smaller layer none would go
-            continue
-        found.append(k / n)
-    return found
+@dataclass(frozen=True)
+class Dropping:
+    """What may go of a model's experts, and in which order."""
 
+    scores: Mapping[int, Float64[Tensor, " E"]]
+    inventory: Inventory
+    spread: Spread = "layer"
+    clamp: bool = False  # where fewer stay than the router picks, let it pick fewer
 
-def check_share(
-    inventory: Inventory, share: float, spread: Spread, *, clamp: bool = False
-) -> int | None:
-    """How many experts the router is to pick for a token where that is fewer than it did, else None.
+    def kept(self, share: float) -> dict[int, tuple[int, ...]]:
+        """The experts that stay when `share` of them goes, those of the lowest scores first."""
+        if self.spread == "model" and share > 0:
+            return self._of_model(share)
+        out = {}
+        for i, e in self.inventory.experts.items():
+            of, size = self.scores[i].tolist(), e.n // e.groups
+            left, kept = n_left(e, share) // e.groups, list[int]()
+            for g in range(e.groups):
+                ids = range(g * size, (g + 1) * size)
+                kept += sorted(ids, key=lambda j: (-of[j], j))[:left]
+            out[i] = tuple(sorted(kept))
+        return out
 
-    Raises RecipeError for a share that drops none, or leaves fewer than the router picks: those only
-    `clamp` lets pass, where all layers keep as many.
-    """
-    layers = list(inventory.experts.values())
-    asked = f"to drop {share:.4g} of the experts was asked"
-    if share == 0:
-        return None
-    if spread == "model":
-        if any(e.groups > 1 for e in layers):
-            raise RecipeError(
-                f"{asked}, over all layers at once, and this model's router picks among groups that "
-                "must keep as many each; set score.budget=layer"
-            )
-        most = sum(e.n - e.top_k for e in layers)
-        if not 0 < _going(inventory, share) <= most:
-            raise RecipeError(
-                f"{asked}; of {sum(e.n for e in layers)} experts 1 to {most} can go, for a layer "
-                f"keeps the {max(e.top_k for e in layers)} that its router picks for a token"
-            )
-        return None
-    for e in layers:
-        _check_layer(e, share, asked, clamp=clamp)
-    picked = min(_reach(e, n_left(e, share)) for e in layers)
-    return picked if picked < max(e.top_k for e in layers) else None
+    def _of_model(self, share: float) -> dict[int, tuple[int, ...]]:
+        """As `kept`; a layer keeps what its router picks for a token, at least."""
+        experts = self.inventory.experts
+        kept = {i: set(range(e.n)) for i, e in experts.items()}
+        going = self._going(share)
+        ranked = [(s, i, j) for i in kept for j, s in enumerate(self.scores[i].tolist())]
+        for _, i, j in sorted(ranked, key=lambda at: (at[0], -at[1], -at[2])):
+            if going and len(kept[i]) > experts[i].top_k:
+                kept[i].remove(j)
+                going -= 1
+        return {i: tuple(sorted(ids)) for i, ids in kept.items()}
+
+    def _going(self, share: float) -> int:
+        """Of all layers."""
+        return int(share * sum(e.n for e in self.inventory.experts.values()) + 1e-9)
+
+    def counts(self, share: float) -> dict[int, tuple[int | None, ...]]:
+        """How many channels those that stay keep: None, which is all."""
+        return {i: (None,) * len(ids) for i, ids in self.kept(share).items()}
+
+    def shares(self) -> list[float]:
+        """Every share that makes another plan and that `check` lets pass, rising from 0."""
+        experts = self.inventory.experts.values()
+        all_of = [e.n // e.groups for e in experts]
+        n = sum(e.n for e in experts) if self.spread == "model" else max(all_of)
+        found = [0.0]
+        for k in range(1, n):
+            try:
+                self.check(k / n)
+            except RecipeError:  # too few stay; or in a smaller layer none would go
+                continue
+            found.append(k / n)
+        return found
+
+    def check(self, share: float) -> int | None:
+        """How many experts the router is to pick for a token where that is fewer than it did, else None.
+
+        Raises RecipeError for a share that drops none, or leaves fewer than the router picks: those only
+        `clamp` lets pass, where all layers keep as many.
+        """
+        layers = list(self.inventory.experts.values())
+        asked = f"to drop {share:.4g} of the experts was asked"
+        if share == 0:
+            return None
+        if self.spread == "model":
+            if any(e.groups > 1 for e in layers):
+                raise RecipeError(
+                    f"{asked}, over all layers at once, and this model's router picks among groups that "
+                    "must keep as many each; set score.budget=layer"
+                )
+            most = sum(e.n - e.top_k for e in layers)
+            if not 0 < self._going(share) <= most:
+                raise RecipeError(
+                    f"{asked}; of {sum(e.n for e in layers)} experts 1 to {most} can go, for a layer "
+                    f"keeps the {max(e.top_k for e in layers)} that its router picks for a token"
+                )
+            return None
+        for e in layers:
+            _check_layer(e, share, asked, clamp=self.clamp)
+        picked = min(_reach(e, n_left(e, share)) for e in layers)
+        return picked if picked < max(e.top_k for e in layers) else None
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all experts of a layer have one width."""
+        return True
 
 
 def _check_layer(e: LayerExperts, share: float, asked: str, *, clamp: bool) -> None:

@@ -275,7 +275,8 @@ def prepare_model(model: Any, config: PackedConfig) -> None:
 def set_exact(model: nn.Module, exact: bool) -> None:
     """Whether packed weights meet activations as they are, or rounded to int8 where that is faster.
 
-    That is on a CPU with AVX-512 VNNI and for a few tokens at a time; models are exact when loaded.
+    That is on a CPU with AVX-512 VNNI for a few tokens at a time, and on a GPU but for dense weights and
+    many tokens; models are exact when loaded.
     """
     for module in model.modules():
         if "exact" in vars(module):

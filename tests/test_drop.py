@@ -21,7 +21,7 @@ from moecule.ask import Ask, decide, foresee, price
 from moecule.budget import Inventory, LayerExperts, bytes_by_part
 from moecule.calibrate import collect
 from moecule.checkpoint import Checkpoint
-from moecule.drop import kept_of, n_left, parse_share, shares
+from moecule.drop import Dropping, n_left, parse_share
 from moecule.errors import CheckpointError, PlanError, RecipeError
 from moecule.experts import Expert
 from moecule.family import TOP_K_KEYS, load_family
@@ -123,7 +123,7 @@ def test_scores_are_the_figures_worked_out_by_hand(case):
 
 def test_reap_and_easy_ep_drop_other_experts():
     sums, of = sums_of(renormalised=True), made_of(layer(4))
-    found = [kept_of(m.score(sums, m.Options()), of, 0.5, "layer")[0] for m in (reap, easy_ep)]
+    found = [Dropping(m.score(sums, m.Options()), of).kept(0.5)[0] for m in (reap, easy_ep)]
     assert found == [(1, 2), (0, 1)]
 
 
@@ -201,21 +201,21 @@ def scores(*rows: list[float]) -> dict[int, Tensor]:
 
 def test_every_layer_loses_as_many_and_ties_keep_the_lower_number():
     of = made_of(layer(4), layer(4))
-    kept = kept_of(scores([1, 1, 1, 1], [3, 1, 2, 1]), of, 0.5, "layer")
+    kept = Dropping(scores([1, 1, 1, 1], [3, 1, 2, 1]), of).kept(0.5)
     assert kept == {0: (0, 1), 1: (0, 2)}
 
 
 def test_a_model_loses_the_worst_of_all_layers_down_to_what_routers_pick():
     of = made_of(layer(4), layer(4))
     rows = scores([1, 2, 3, 4], [10, 20, 30, 40])
-    assert kept_of(rows, of, 0.25, "model") == {0: (2, 3), 1: (0, 1, 2, 3)}
-    assert kept_of(rows, of, 0.375, "model") == {0: (2, 3), 1: (1, 2, 3)}
-    assert kept_of(rows, of, 0.5, "model") == {0: (2, 3), 1: (2, 3)}
+    assert Dropping(rows, of, "model").kept(0.25) == {0: (2, 3), 1: (0, 1, 2, 3)}
+    assert Dropping(rows, of, "model").kept(0.375) == {0: (2, 3), 1: (1, 2, 3)}
+    assert Dropping(rows, of, "model").kept(0.5) == {0: (2, 3), 1: (2, 3)}
 
 
 def test_every_group_of_a_router_keeps_as_many():
     of = made_of(layer(8, 2, groups=2, top_groups=1))
-    kept = kept_of(scores([8, 7, 6, 5, 4, 3, 2, 1]), of, 0.5, "layer")
+    kept = Dropping(scores([8, 7, 6, 5, 4, 3, 2, 1]), of).kept(0.5)
     assert kept == {0: (0, 1, 4, 5)}
 
 
@@ -230,7 +230,7 @@ def test_no_more_go_than_were_asked(each, groups, share):
 def test_what_goes_is_worth_no_more_than_what_stays(values, spread):
     of = made_of(layer(8), layer(8))
     rows = scores(values[:8], values[8:])
-    kept = kept_of(rows, of, 0.5, spread)
+    kept = Dropping(rows, of, spread).kept(0.5)
     assert sum(map(len, kept.values())) == 8
     for i, ids in kept.items():
         assert len(ids) >= 2 and sorted(ids) == list(ids)
@@ -291,7 +291,7 @@ def test_to_drop_nothing_leaves_everything():
 def test_a_size_is_met_by_dropping_as_few_as_will_do(recipe):
     of = made_of(layer(8), layer(8))
     spread = getattr(recipe.score.options, "budget", "layer")
-    found = [foresee(recipe, Ask(drop=s), of) for s in shares(of, spread, clamp=False)]
+    found = [foresee(recipe, Ask(drop=s), of) for s in Dropping({}, of, spread).shares()]
     sizes = [price(of, plan) for plan in found]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
     for i, size in enumerate(sizes):
