@@ -64,6 +64,15 @@ def shared() -> Path:
 
 
 @pytest.fixture
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer programs a product: where they are interpreted, one takes as long whatever its rows."""
+    if not torch.cuda.is_available():
+        from moecule.kernels import gemv
+
+        monkeypatch.setattr(gemv, "tiling", lambda of, pairs: gemv.Tiling(rows=32))
+
+
+@pytest.fixture
 def here(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the module's `place`; what is written here is not opened afresh, which takes seconds."""
     shutil.copytree(place, tmp_path, dirs_exist_ok=True)

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from test_cli import SMALL, TEXT, refused, run
+from test_cli import SMALL, calibrated, refused, run
 from test_drop import layer, made_of
 from test_laws_written import assert_same_bytes, whole
 from torch import Tensor
@@ -409,19 +409,25 @@ def experts_in_stock(folder: Path, family: Any) -> list[Any]:
     return [experts_of(moe.experts) for moe in moes if moe is not None]
 
 
+def write_and_load(
+    streamed: Any, plan: Plan, foreseen: Inventory, out: Path, batches: list[Any]
+) -> None:
+    """What is loaded computes what was written, and weighs what was foreseen."""
+    done = tiny.write(streamed, plan, out, batches)
+    model = tiny.load(out)
+    for batch, hidden in zip(batches, done.last, strict=True):
+        with torch.no_grad():
+            want = streamed.logits(hidden, batch)
+        torch.testing.assert_close(tiny.logits(model, batch), want, rtol=1e-4, atol=5e-5)
+    assert bytes_by_part(foreseen, plan) == weigh(Checkpoint.open(out))["bytes_by_part"]
+
+
 @every_family
 def test_channels_go_and_then_bits(name, checkpoint, tmp_path):
     batches, streamed = tiny.tokens(2), tiny.stream(checkpoint(name))
     plan, foreseen = narrowed(streamed, by_layer, Keep(4, 8)), take_inventory(streamed)
     plan = replace(plan, encode={"method": "gptq"})
-    done = tiny.write(streamed, plan, tmp_path / "out", batches)
-    model = tiny.load(tmp_path / "out")
-    for batch, hidden in zip(batches, done.last, strict=True):
-        with torch.no_grad():
-            want = streamed.logits(hidden, batch)
-        torch.testing.assert_close(tiny.logits(model, batch), want, rtol=1e-4, atol=5e-5)
-    weighed = weigh(Checkpoint.open(tmp_path / "out"))
-    assert bytes_by_part(foreseen, plan) == weighed["bytes_by_part"]
+    write_and_load(streamed, plan, foreseen, tmp_path / "out", batches)
     many = replace(
         plan, layers=narrowed(streamed_again(checkpoint(name)), ragged, Keep(4, 8)).layers
     )
@@ -439,17 +445,10 @@ def test_experts_go_and_channels_of_those_that_stay(name, width, checkpoint, tmp
         for i, fates in plan.layers.items()
     }
     plan = replace(plan, layers=layers)
-    done = tiny.write(streamed, plan, tmp_path / "out", batches)
+    write_and_load(streamed, plan, foreseen, tmp_path / "out", batches)
     assert (Checkpoint.open(tmp_path / "out").config["model_type"] == name) == (
         width is even and name in STOCK
     )
-    model = tiny.load(tmp_path / "out")
-    for batch, hidden in zip(batches, done.last, strict=True):
-        with torch.no_grad():
-            want = streamed.logits(hidden, batch)
-        torch.testing.assert_close(tiny.logits(model, batch), want, rtol=1e-4, atol=5e-5)
-    weighed = weigh(Checkpoint.open(tmp_path / "out"))
-    assert bytes_by_part(foreseen, plan) == weighed["bytes_by_part"]
 
 
 def streamed_again(folder: Path) -> Any:
@@ -528,15 +527,7 @@ def test_permuting_a_models_experts_permutes_which_channels_go(name, checkpoint,
 @pytest.fixture(scope="module")
 def place(checkpoint, tmp_path_factory) -> Path:
     """model/, text.txt, and stats of both recipes."""
-    folder = tmp_path_factory.mktemp("place")
-    (folder / "model").symlink_to(checkpoint("qwen3_moe", tokenizer=True))
-    (folder / "text.txt").write_text(TEXT)
-    text = ("--data", folder / "text.txt", *SMALL)
-    for recipe in RECIPES:
-        stats = folder / f"stats_{recipe}"
-        code, _, err = run("calibrate", folder / "model", "-o", stats, "--recipe", recipe, *text)
-        assert code == 0, err
-    return folder
+    return calibrated(tmp_path_factory.mktemp("place"), checkpoint, RECIPES)
 
 
 CASES = [

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,18 @@ def tree(folder: Path) -> dict[str, object]:
         for p, name in kept.items()
         if p.is_file() or not any(p in q.parents for q in there if q not in kept)
     }
+
+
+def calibrated(folder: Path, checkpoint: Callable[..., Path], recipes: Sequence[str]) -> Path:
+    """A folder with model/, text.txt, and stats_<recipe>/ of each recipe."""
+    (folder / "model").symlink_to(checkpoint("qwen3_moe", tokenizer=True))
+    (folder / "text.txt").write_text(TEXT)
+    text = ("--data", folder / "text.txt", *SMALL)
+    for recipe in recipes:
+        stats = folder / f"stats_{recipe}"
+        code, _, err = run("calibrate", folder / "model", "-o", stats, "--recipe", recipe, *text)
+        assert code == 0, err
+    return folder
 
 
 def refused(folder: Path, *args: str | Path) -> str:

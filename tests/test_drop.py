@@ -13,7 +13,7 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cli import SMALL, TEXT, refused, run
+from test_cli import SMALL, calibrated, refused, run
 from torch import Tensor
 
 from moecule import verbs
@@ -443,15 +443,7 @@ OWN_SUMS = ("reap_mc", "premoe", "premoe_tcess")
 @pytest.fixture(scope="module")
 def place(checkpoint, tmp_path_factory) -> Path:
     """model/, text.txt and stats/: one for every recipe that drops, but those with sums of their own."""
-    folder = tmp_path_factory.mktemp("place")
-    (folder / "model").symlink_to(checkpoint("qwen3_moe", tokenizer=True))
-    (folder / "text.txt").write_text(TEXT)
-    text = ("--data", folder / "text.txt", *SMALL)
-    for recipe in ("reap", *OWN_SUMS):
-        stats = folder / f"stats_{recipe}"
-        code, _, err = run("calibrate", folder / "model", "-o", stats, "--recipe", recipe, *text)
-        assert code == 0, err
-    return folder
+    return calibrated(tmp_path_factory.mktemp("place"), checkpoint, ("reap", *OWN_SUMS))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

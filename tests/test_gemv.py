@@ -161,7 +161,7 @@ def test_whole_numbers_come_out_exactly():
             assert torch.equal(dense.linear(module, x, dense.weight_there(module)), want)
 
 
-def test_linears_that_share_an_input_are_multiplied_at_once():
+def test_linears_that_share_an_input_are_multiplied_at_once(coarse):
     """To the same bits, in any order of calls, and not before they were seen to share one."""
     shared = dense.Peers()
     modules = [packed_linear(random_packed(4, rows, 64, 32)) for rows in (16, 8, 8, 24)]
@@ -193,7 +193,7 @@ def test_linears_that_share_an_input_are_multiplied_at_once():
     assert torch.equal(have, want[0]) and copied.span is None
 
 
-def test_what_was_made_for_peers_goes_with_its_input():
+def test_what_was_made_for_peers_goes_with_its_input(coarse):
     """Nothing is handed out for an input that was changed in place, or kept when all have it."""
     shared = dense.Peers()
     modules = [packed_linear(random_packed(4, 16, 64, 32)) for _ in range(3)]
@@ -356,7 +356,7 @@ WAYS = ("exact", "int8", "grouped", "grouped int8", "unpacked")
     [*(("mixtral", how) for how in WAYS), ("gpt_oss", "int8"), ("gpt_oss", "grouped int8"),
      ("nemotron_h", "exact"), ("nemotron_h", "grouped"), ("nemotron_h", "unpacked")],
 )  # fmt: skip
-def test_experts_do_what_torch_makes_of_them(name, how, checkpoint, tmp_path, monkeypatch):
+def test_experts_do_what_torch_makes_of_them(name, how, checkpoint, tmp_path, monkeypatch, coarse):
     monkeypatch.setattr(gpu, "FEW_PAIRS", 1000 if how in ("exact", "int8") else 0)
     streamed = tiny.stream(checkpoint(name))
     plan = tiny.plan(streamed, lambda i, e: Keep(MIXED[e % len(MIXED)], 32))

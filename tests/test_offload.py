@@ -219,7 +219,7 @@ def test_tables_lead_to_the_right_bytes_through_any_uses(share, folder, kernels,
 @needs_triton
 @torch.no_grad()
 @pytest.mark.parametrize("how", ["int8", "exact", "many"])
-def test_whatever_is_held_the_output_is_the_same_to_the_bit(how, folder, kernels):
+def test_whatever_is_held_the_output_is_the_same_to_the_bit(how, folder, kernels, coarse):
     model = tiny.load(folder())
     runtime.set_exact(model, how != "int8")
     module = experts_of(model)[0]

@@ -24,6 +24,21 @@ ORDERS = 4  # of the bytes: for parts of 1, 2, 4 and 8 bits
 
 @triton.jit
 @no_type_check
+def swiglu(gate, up):
+    """What enters a down projection, in float32."""
+    return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
+@no_type_check
+def to_int8(x):
+    """(whole numbers of 127 at most [n, width], scales [n]) that stand for rows of x."""
+    d = tl.max(tl.abs(x), 1) / 127.0
+    return rint(tl.where((d > 0)[:, None], x / tl.where(d > 0, d, 1.0)[:, None], 0.0)), d
+
+
+@triton.jit
+@no_type_check
 def _put_order(q, at, block, b: tl.constexpr, blocks):
     """Store int8 [n, 32] of blocks as the parts of b bits want them; `at` is where the order begins."""
     column = tl.arange(0, 32)[None, :]
@@ -36,9 +51,8 @@ def _put_order(q, at, block, b: tl.constexpr, blocks):
 @no_type_check
 def put_rounded(x, x8_ptr, d_ptr, s_ptr, row, block, blocks, parts: tl.constexpr):
     """Round blocks of 32 activations [n, 32] to int8 and store them in the orders that `parts` names."""
-    most = tl.max(tl.abs(x), 1)
-    d = most / 127.0
-    q = rint(tl.where((d > 0)[:, None], x / tl.where(d > 0, d, 1.0)[:, None], 0.0)).to(tl.int32)
+    q, d = to_int8(x)
+    q = q.to(tl.int32)
     there = block < blocks
     tl.store(d_ptr + row * blocks + block, d, mask=there)
     tl.store(s_ptr + row * blocks + block, tl.sum(q, 1).to(tl.float32) * d, mask=there)

@@ -24,9 +24,9 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moecule.kernels.activations import Rounded, put_rounded
+from moecule.kernels.activations import Rounded, put_rounded, swiglu
 from moecule.kernels.dots import ask_for, multiplied, part, read
-from moecule.kernels.matrices import Matrices, chained, launching, take_turn
+from moecule.kernels.matrices import Matrices, chained, launching, lying, take_turn
 
 Activations = Rounded | Float[Tensor, "T N"]  # rounded, or as they are
 
@@ -40,7 +40,7 @@ def _put_gated(
     half: tl.constexpr = rows // 2
     gate, up = tl.split(tl.permute(tl.reshape(y, (2, half)), (1, 0)))
     column = tl.program_id(0) * half + tl.arange(0, half)
-    act = tl.where(column < m // 2, gate / (1.0 + tl.exp(-gate)) * up, 0.0)
+    act = tl.where(column < m // 2, swiglu(gate, up), 0.0)
     if to_parts:
         block = tl.program_id(0) + tl.arange(0, 1)
         put_rounded(act[None, :], y8_ptr, yd_ptr, ys_ptr, to, block, to_blocks, to_parts)
@@ -127,14 +127,9 @@ def _product_kernel(
     e = tl.zeros((), tl.int64)
     if not single:
         e = tl.load(idx_ptr + pair)
-    here, place = e < experts, table_ptr + e * 4
-    codes = tl.load(place, mask=here, other=0).to(tl.pointer_type(tl.int32))
-    bits = tl.load(place + 3, mask=here, other=0)
-    scale = tl.load(place + 1, mask=here, other=0).to(tl.pointer_type(tl.float16))
-    zero = tl.load(place + 2, mask=here, other=0).to(tl.pointer_type(tl.float16))
+    codes, scale, zero, bits = lying(table_ptr, e, e < experts, aligned)
     if aligned:  # so that the compiler sees it
-        codes, blocks = tl.multiple_of(codes, 16), blocks // 4 * 4
-    bits = bits.to(tl.int32)
+        blocks = blocks // 4 * 4
     if early > 0:
         ask_for(codes + row * (blocks * bits), there, blocks * bits, early)
     held = ()

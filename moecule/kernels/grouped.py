@@ -26,7 +26,8 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moecule.kernels.matrices import Matrices, launching
+from moecule.kernels.activations import swiglu
+from moecule.kernels.matrices import Matrices, launching, lying
 from moecule.kernels.sort import Sorted
 from moecule.packed import BLOCK
 
@@ -176,13 +177,10 @@ def _grouped_kernel(
         given = tl.load(given_ptr + first + t, mask=t < count, other=0).to(tl.int64)
         row = (tl.program_id(0) * rows + tl.arange(0, rows)).to(tl.int64)
         there, groups = row < m, (columns + group - 1) // group
-        start = tl.load(table_ptr + e * 4).to(tl.pointer_type(tl.int32))
-        bits = tl.load(table_ptr + e * 4 + 3).to(tl.int32)
+        start, scale, zero, bits = lying(table_ptr, e, True, aligned)
         if aligned:  # so that the compiler sees it
-            start, blocks = tl.multiple_of(start, 16), blocks // 4 * 4
-        half: tl.constexpr = tl.pointer_type(tl.float16)
-        scale_at = tl.load(table_ptr + e * 4 + 1).to(half) + row * groups
-        zero_at = tl.load(table_ptr + e * 4 + 2).to(half) + row * groups
+            blocks = blocks // 4 * 4
+        scale_at, zero_at = scale + row * groups, zero + row * groups
         out = out_ptr + (first + t).to(tl.int64)[None, :] * m + row[:, None]
         inside = (t < count)[None, :] & there[:, None]
         for b in tl.static_range(1, 9):
@@ -209,7 +207,7 @@ def _arrange_kernel(
     if gated:
         gate = tl.load(x_ptr + row * 2 * columns + column, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(x_ptr + (row * 2 + 1) * columns + column, mask=inside, other=0.0)
-        x = (gate / (1.0 + tl.exp(-gate)) * up.to(tl.float32)).to(out_ptr.dtype.element_ty)
+        x = swiglu(gate, up.to(tl.float32)).to(out_ptr.dtype.element_ty)
     else:
         x = tl.load(x_ptr + row * columns + column, mask=inside, other=0.0)
     here = step < steps

@@ -25,9 +25,9 @@ import triton.language as tl
 from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
+from moecule.kernels.activations import swiglu, to_int8
 from moecule.kernels.grouped import blocks_of
-from moecule.kernels.matrices import Matrices, launching
-from moecule.kernels.rounding import rint
+from moecule.kernels.matrices import Matrices, launching, lying
 from moecule.kernels.sort import Sorted
 from moecule.packed import BLOCK
 
@@ -130,14 +130,11 @@ def _product_kernel(
         t = tl.arange(0, tokens)
         row = (r * rows + tl.arange(0, rows)).to(tl.int64)
         there, groups = row < m, (columns + group - 1) // group
-        start = tl.load(table_ptr + e * 4).to(tl.pointer_type(tl.int32))
-        bits = tl.load(table_ptr + e * 4 + 3).to(tl.int32)
+        start, scale, zero, bits = lying(table_ptr, e, True, aligned)
         if aligned:  # so that the compiler sees it
-            start, blocks = tl.multiple_of(start, 16), blocks // 4 * 4
+            blocks = blocks // 4 * 4
         steps = (blocks + n - 1) // n
-        half: tl.constexpr = tl.pointer_type(tl.float16)
-        scale_at = tl.load(table_ptr + e * 4 + 1).to(half) + row * groups
-        zero_at = tl.load(table_ptr + e * 4 + 2).to(half) + row * groups
+        scale_at, zero_at = scale + row * groups, zero + row * groups
         x_row = (tile * tokens + t) * (steps * 32 * n)
         x_at = x_ptr + x_row[:, None] + tl.arange(0, 32 * n)[None, :]
         d_at = d_ptr + tile * (steps * tokens) + t
@@ -173,12 +170,10 @@ def _round_kernel(
         if gated:
             gate = tl.load(x_ptr + row * 2 * columns + column, mask=inside, other=0.0)
             up = tl.load(x_ptr + (row * 2 + 1) * columns + column, mask=inside, other=0.0)
-            gate = gate.to(tl.float32)
-            x = gate / (1.0 + tl.exp(-gate)) * up.to(tl.float32)
+            x = swiglu(gate.to(tl.float32), up.to(tl.float32))
         else:
             x = tl.load(x_ptr + row * columns + column, mask=inside, other=0.0).to(tl.float32)
-        d = tl.max(tl.abs(x), 1) / 127.0
-        q = rint(tl.where((d > 0)[:, None], x / tl.where(d > 0, d, 1.0)[:, None], 0.0))
+        q, d = to_int8(x)
         at = d_ptr + (tile * steps + step) * tokens + t
         tl.store(at, d, mask=step < steps)
         tl.store(at + d_all, tl.sum(q, 1), mask=step < steps)

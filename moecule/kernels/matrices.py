@@ -11,6 +11,7 @@ from typing import Any, no_type_check
 
 import torch
 import triton
+import triton.language as tl
 from jaxtyping import Int64
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -31,6 +32,19 @@ def take_turn():
     """Wait for what the kernels before this one write, and let the next one start."""
     gdc_wait()
     gdc_launch_dependents()
+
+
+@triton.jit
+@no_type_check
+def lying(table_ptr, e, there, aligned: tl.constexpr):
+    """(codes, scale, zero, bits) of matrix e in a table: where they lie; nothing if it is not `there`."""
+    at = table_ptr + e * 4
+    codes = tl.load(at, mask=there, other=0).to(tl.pointer_type(tl.int32))
+    if aligned:  # said here: of what a function has returned the compiler would not keep it
+        codes = tl.multiple_of(codes, 16)
+    scale = tl.load(at + 1, mask=there, other=0).to(tl.pointer_type(tl.float16))
+    zero = tl.load(at + 2, mask=there, other=0).to(tl.pointer_type(tl.float16))
+    return codes, scale, zero, tl.load(at + 3, mask=there, other=0).to(tl.int32)
 
 
 def chained(tensor: Tensor) -> dict[str, bool]:

@@ -13,7 +13,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from moecule.kernels.matrices import Matrices, launching
+from moecule.kernels.matrices import Matrices, launching, lying
 
 CUT = 32, 4, 4  # of a program: rows, blocks of 32 columns, warps
 
@@ -79,18 +79,16 @@ def _unpack_kernel(
 ):  # fmt: skip
     """Program (rows, n blocks) of matrix e."""
     row = (tl.program_id(0) * rows + tl.arange(0, rows)).to(tl.int64)
-    block, place = tl.program_id(1) * n, table_ptr + e * 4
-    there = row < m
-    bits = tl.load(place + 3).to(tl.int32)
-    codes = tl.load(place).to(tl.pointer_type(tl.int32)) + row * (blocks * bits)
+    block, there = tl.program_id(1) * n, row < m
+    codes, scale_at, zero_at, bits = lying(table_ptr, e, True, False)
+    codes += row * (blocks * bits)
     q = tl.zeros((rows, 32 * n), tl.int32)
     for b in tl.static_range(1, 9):
         if widths & (1 << b):
             if bits == b:
                 q = _codes_at(codes, block, there, blocks, rows, n, b)
     groups = (columns + group - 1) // group
-    scale_at = tl.load(place + 1).to(tl.pointer_type(tl.float16)) + row * groups
-    zero_at = tl.load(place + 2).to(tl.pointer_type(tl.float16)) + row * groups
+    scale_at, zero_at = scale_at + row * groups, zero_at + row * groups
     scale = _spread(scale_at, block, there, groups, 0.0, rows, n, group)
     zero = _spread(zero_at, block, there & (bits != 1), groups, 0.5, rows, n, group)
     w = (q.to(tl.float32) - zero) * scale
