@@ -13,12 +13,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from moecule.kernels import ops, routing, unpack
+from moecule.kernels import grouped, grouped_int8, ops, routing, unpack
 from moecule.kernels.matrices import Matrices
 from moecule.packed import Packed, packed_of
 
-# up to which a Linear reads its codes anew for every token; a guess, not measured yet
-FEW_TOKENS = 12
+# By bench.dense on an H100. Tokens up to which a Linear reads its codes anew for each: 4 bits cross
+# unpacking the weight at 12 to 24, 8 bits at 7 to 16. From so many rows on tiles of 64 fill the GPU, and
+# grouped products are ahead of both (crossing measured between 4096 and 32000 rows), up to so many tokens
+FEW_TOKENS, WIDE, WIDE_TOKENS = 12, 2**14, 256
 FEW_ROWS, THIN = 8, 1024  # tokens, and rows of a weight, that a router's kernels are for
 
 
@@ -144,6 +146,9 @@ def linear(module: Any, x: Float[Tensor, "*B N"], of: Matrices) -> Float[Tensor,
     peers = module.peers
     if peers is not None and not torch.compiler.is_compiling():
         peers.see(module, x)
+    wide = of.rows >= WIDE and 1 < len(flat) <= WIDE_TOKENS
+    if wide and not (module.exact and x.dtype == torch.float32):  # the matrix units take 16 bits
+        return tiled(flat, of, exact=module.exact)
     if len(flat) > FEW_TOKENS:
         if peers is not None:
             peers.made = None
@@ -152,6 +157,16 @@ def linear(module: Any, x: Float[Tensor, "*B N"], of: Matrices) -> Float[Tensor,
     if made is not None:
         return made
     return ops.products([flat] if module.exact else ops.rounded(flat, of), of, None, 1, flat)
+
+
+def tiled(flat: Float[Tensor, "T N"], of: Matrices, *, exact: bool) -> Float[Tensor, "T M"]:
+    """x times one transposed weight, as grouped products make those of an expert with all tokens."""
+    all_its = torch.zeros(len(flat), dtype=torch.int64, device=flat.device)
+    if exact:
+        pairs = ops.sorted_pairs(all_its, 1, grouped.CUTS)
+        return ops.exact_products(ops.arranged(flat, of), pairs.order, of, pairs)
+    pairs = ops.sorted_pairs(all_its, 1, grouped_int8.CUTS)
+    return ops.tiled_products(ops.tiled(flat, None, of, pairs), of, pairs, flat)
 
 
 class _Picked(NamedTuple):

@@ -161,6 +161,26 @@ def test_whole_numbers_come_out_exactly():
             assert torch.equal(dense.linear(module, x, dense.weight_there(module)), want)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_many_rows_are_multiplied_by_tiles(exact, monkeypatch, fenced):
+    monkeypatch.setattr(dense, "WIDE", 70)
+    ways: list[bool] = []
+    plain = dense.tiled
+    monkeypatch.setattr(
+        dense, "tiled", lambda *a, exact: ways.append(exact) or plain(*a, exact=exact)
+    )
+    packed = random_packed(4, 70, 96, 32)
+    module = packed_linear(packed)
+    module.exact = exact
+    x = tiny.in_eighths((2, 1, 96), 0).to(DEVICE).half()
+    have = dense.linear(module, x, dense.weight_there(module)).double()
+    want = x.view(2, 96).double() @ packed.dequantize().double().mT
+    assert ways == [exact]
+    assert (have - want).norm() < (1e-3 if exact else 1e-2) * want.norm()
+    dense.linear(module, x[:1], dense.weight_there(module))  # a token alone is not
+    assert ways == [exact]
+
+
 def test_linears_that_share_an_input_are_multiplied_at_once(coarse):
     """To the same bits, in any order of calls, and not before they were seen to share one."""
     shared = dense.Peers()
