@@ -25,6 +25,7 @@ from moecule.options import (
     Sets,
     Size,
     StatesAt,
+    Target,
     Texts,
     Trust,
     compute_of,
@@ -73,6 +74,7 @@ def plan(
     context: Context = 4096,
     drop: Gone = None,
     clamp: Clamp = False,
+    target: Target = None,
 ) -> None:
     """Decide what becomes of every expert; the plan is text to read and edit."""
     from moecule import verbs
@@ -83,7 +85,7 @@ def plan(
         stats,
         out,
         recipe=recipe_of(recipe, set_, None, None),
-        ask=verbs.Ask(bits, size, fit, context, drop, clamp),
+        ask=verbs.Ask(bits, size, fit, context, drop, clamp, target),
     )
     inventory = Inventory.from_dict(load_stats(stats)[1]["inventory"])
     parts = bytes_by_part(inventory, made)
@@ -137,6 +139,7 @@ def compress(
     context: Context = 4096,
     drop: Gone = None,
     clamp: Clamp = False,
+    target: Target = None,
     data: Data = None,
     text: Texts = None,
     samples: Samples = None,
@@ -157,7 +160,7 @@ def compress(
             model,
             out,
             recipe=chosen,
-            ask=Ask(bits, size, fit, context, drop, clamp),
+            ask=Ask(bits, size, fit, context, drop, clamp, target),
             data=data,
             text=text or (),
             compute=compute_of(device, dtype, trust, states),

@@ -41,6 +41,10 @@ Clamp = Annotated[
     bool,
     typer.Option("--clamp", help="Where fewer stay than the router picks, let it pick fewer."),
 ]
+Target = Annotated[
+    str | None,
+    typer.Option(help="What is to load it: transformers, vllm or gguf. The plan keeps to that."),
+]
 Context = Annotated[int, typer.Option(help="Tokens of the KV cache that --fit leaves room for.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
