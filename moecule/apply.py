@@ -147,6 +147,7 @@ def apply_plan(
     check_plan(plan, streamed)
     codec = Codec(load_method(encode.method, "encode"), encode.options)
     key = key_of(streamed, plan)
+    check_target(plan, key)
     stock, first = is_stock(plan, key), streamed.ranks.is_first
     if first and trail.done("up") == 0:
         names = set(streamed.outer_names())
@@ -195,6 +196,23 @@ def is_stock(plan: Plan, key: str | None) -> bool:
     sizes = {sum(isinstance(f, Keep) for f in layer) for layer in plan.layers.values()}
     as_it_is = plan.leaves_experts and all(f.bits == 16 for f in plan.rest.values())
     return len(sizes) == 1 and as_it_is
+
+
+def check_target(plan: Plan, key: str | None) -> None:
+    """Raise PlanError for a plan that was made for a target (target.py) and makes no stock checkpoint.
+
+    `key`: of `key_of`.
+    """
+    target = plan.made_by.get("target")
+    if target is None or is_stock(plan, key):
+        return
+    why = "it was edited: experts are rounded or skipped, or layers keep different numbers of them"
+    if plan.narrowed and key is None:
+        why = "no key of this family's config says how many channels its experts keep and nothing else"
+    raise PlanError(
+        f"the plan is for {target}, which loads stock checkpoints only, and {why}; drop whole experts, or "
+        "plan without --target"
+    )
 
 
 def _cast(streamed: Streamed, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from moecule.order import with_order
 from moecule.plan import Plan, Skip
 from moecule.recipe import AS_IT_IS, Part, Recipe, load_recipe, recipe_names
 from moecule.stats import Stats
+from moecule.target import check_plan, check_widths, steered, target_of
 
 Make = Callable[[float, float], Plan]  # of a share to drop and a mean of bits
 Widths = Callable[[Kept, float], Mapping[int, tuple[int, ...]]]
@@ -38,9 +39,10 @@ class Ask:
     context: int = 4096
     drop: str | float | None = None  # "25%" or 0.25; None: as the recipe says
     clamp: bool = False  # where fewer stay than the router picks, let it pick fewer
+    target: str | None = None  # one of target.TARGETS, which is to load the checkpoint
 
     def __post_init__(self) -> None:
-        """Raises RecipeError for two wishes at once, and for what is no size and no share."""
+        """Raises RecipeError for two wishes at once, and for what is no size, share or target."""
         if sum(x is not None for x in (self.bits, self.size, self.fit)) > 1:
             raise RecipeError("give one of --bits, --size and --fit, not two")
         if self.context < 1:
@@ -50,6 +52,12 @@ class Ask:
                 parse_size(size)
         if self.drop is not None:
             parse_share(self.drop)
+        if self.target is not None:
+            target_of(self.target)
+
+    def steered(self, recipe: Recipe) -> Recipe:
+        """With choices that the target can load. Raises RecipeError for a recipe that has none."""
+        return recipe if self.target is None else steered(recipe, self.target)[0]
 
     def share(self, recipe: Recipe) -> float:
         """Of the experts, that goes, where it is not to be found from a size."""
@@ -76,21 +84,24 @@ class Ask:
                 f"recipe {recipe.name} does not say which experts to drop; those that do are "
                 f"{', '.join(able)}"
             )
+        recipe = self.steered(recipe)
+        if self.target is not None:
+            check_widths(recipe, inventory, self.target)
         size, going = self.size_bytes(inventory), _going(recipe, self, inventory)
         share = 0.0 if _drops_to_fit(recipe, self) else self.share(recipe)
         going.check(share)
         _check_bits(recipe, self, going, share)
         if size is None:
             recipe.check_bits(recipe.bits if self.bits is None else self.bits)
-            return
-        least = _least(recipe, self, inventory)
-        if size < least:
+        elif size < (least := _least(recipe, self, inventory)):
             cache = self.cache_bytes(inventory)
             room = f" and {format_size(cache)} for the KV cache" if cache else ""
             raise RecipeError(
                 f"{self.text(recipe)} cannot be met; the least that recipe {recipe.name} takes is "
                 f"{format_size(least)}{room}"
             )
+        if self.target is not None:
+            check_plan(foresee(recipe, self, inventory), self.target)
 
     def text(self, recipe: Recipe) -> str:
         """For the plan: what was asked for."""
@@ -147,6 +158,7 @@ def decide(recipe: Recipe, ask: Ask, stats: Stats, inventory: Inventory) -> Plan
     method = load_method(recipe.allocate.method, "allocate")
     allocate = method.allocate
     assert allocate is not None  # load_method saw to it
+    recipe = ask.steered(recipe)
     going = _going(recipe, ask, inventory, stats)
 
     def widths(kept: Kept, bits: float) -> Mapping[int, tuple[int, ...]]:
@@ -163,6 +175,7 @@ def foresee(recipe: Recipe, ask: Ask, inventory: Inventory) -> Plan:
 
     Raises RecipeError where none does.
     """
+    recipe = ask.steered(recipe)
 
     def widths(kept: Kept, bits: float) -> Mapping[int, tuple[int, ...]]:
         return recipe.even_widths({i: len(ids) for i, ids in kept.items()}, bits)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from moecule.ask import Ask
+from moecule.apply import check_target, key_of
+from moecule.ask import Ask, foresee
 from moecule.errors import OutputError
 from moecule.evaluate import evaluate
 from moecule.files import write_text
@@ -119,7 +120,11 @@ def _check(
     if compute.ranks.is_first and not _is_done(out):
         check_out(out, remains(out, path) | placed(out))
     streamed = stream(model, compute, empty=True)
-    ask.check(recipe, take_inventory(streamed))
+    inventory = take_inventory(streamed)
+    ask.check(recipe, inventory)
+    if ask.target is not None:
+        foreseen = replace(foresee(recipe, ask, inventory), made_by={"target": ask.target})
+        check_target(foreseen, key_of(streamed, foreseen))
     if text:
         evaluation_batches(streamed.model.config, path, text, 0, None, recipe.data)
 

@@ -1,11 +1,14 @@
-"""The options of the command line, as the verbs share them."""
+"""The options of the command line, as the verbs share them, and what they stand for."""
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+
+from moecule.errors import RecipeError
 
 Model = Annotated[
     str, typer.Argument(help="A folder, a Hub id in the cache, or: embedded.", metavar="MODEL")
@@ -38,6 +41,10 @@ Clamp = Annotated[
     bool,
     typer.Option("--clamp", help="Where fewer stay than the router picks, let it pick fewer."),
 ]
+Target = Annotated[
+    str | None,
+    typer.Option(help="What is to load it: transformers, vllm or gguf. The plan keeps to that."),
+]
 Context = Annotated[int, typer.Option(help="Tokens of the KV cache that --fit leaves room for.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
@@ -63,3 +70,30 @@ ExpertCache = Annotated[
     str | None,
     typer.Option(help="Experts in host memory, so many bytes of the GPU for those used most: 8GB."),
 ]
+
+
+def compute_of(device: str, dtype: str, trust: bool, states: Where = "auto") -> Any:
+    """Where it runs, as one of the processes that torchrun started."""
+    from moecule.session import Compute
+
+    return Compute(device, dtype, trust, states).joined()
+
+
+def recipe_of(name: str, sets: list[str] | None, samples: int | None, length: int | None) -> Any:
+    """The recipe with its changes. Raises RecipeError for a --set that is none."""
+    from moecule.recipe import load_recipe
+
+    changes: dict[str, Any] = {}
+    for item in sets or []:
+        key, found, value = item.partition("=")
+        if not found:
+            raise RecipeError(f"--set {item!r}: wanted KEY=VALUE, like encode.damp=0.05")
+        try:
+            changes[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            changes[key.strip()] = value.strip()
+    if samples is not None:
+        changes["data.samples"] = samples
+    if length is not None:
+        changes["data.length"] = length
+    return load_recipe(name, changes)

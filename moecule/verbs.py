@@ -39,6 +39,7 @@ from moecule.session import (
     trail_of,
 )
 from moecule.stats import COUNT, load_stats, save_layer, save_meta, stats_digest
+from moecule.target import steered
 from moecule.text import calibration_batches
 from moecule.verify import keep_probe, probe_of, verify
 from moecule.writer import Writer, check_out, move_into
@@ -189,7 +190,7 @@ def plan(
 
     Raises RecipeError for a budget that cannot be met or statistics that lack what is read.
     """
-    chosen = _recipe(recipe)
+    chosen = ask.steered(_recipe(recipe))
     sums, meta, inventory = _read_stats(Path(stats))
     ask.check(chosen, inventory)
     lacking = sorted({s.name for s in chosen.needs()} - set(meta["statistics"]))
@@ -212,6 +213,7 @@ def plan(
             "rest": {part: str(keep) for part, keep in chosen.rest.items()},
             "skip": chosen.skip.as_dict() if chosen.skip else None,
             "budget": ask.text(chosen),
+            **_steering(_recipe(recipe), ask),
             "stats": stats_digest(Path(stats)),
         },
     )
@@ -219,6 +221,13 @@ def plan(
     if out is not None:
         save_plan(made, Path(out))
     return made
+
+
+def _steering(recipe: Recipe, ask: Ask) -> dict[str, Any]:
+    """For the plan: the target, and the choices that the recipe would not have made itself."""
+    if ask.target is None:
+        return {}
+    return {"target": ask.target, "for_target": steered(recipe, ask.target)[1]}
 
 
 FEW = 32  # tokens; means over fewer say little

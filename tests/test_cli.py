@@ -30,13 +30,13 @@ OPTIONS = {
     "apply": "data device dtype length out samples states trust-remote-code",
     "calibrate": "data device dtype length out recipe samples set states trust-remote-code",
     "compress": "bits clamp context data device drop dtype fit json length out recipe samples set "
-    "size states text trust-remote-code",
+    "size states target text trust-remote-code",
     "evaluate": "against device dtype json length skip states text trust-remote-code",
     "families": "json",
     "generate": "compile device dtype exact expert-cache seed skip temperature tokens trust-remote-code",
     "inspect": "bits clamp context device drop dtype fit json length recipe samples set size states time",
     "methods": "json",
-    "plan": "bits clamp context drop fit out recipe set size",
+    "plan": "bits clamp context drop fit out recipe set size target",
 }
 
 

@@ -1,0 +1,188 @@
+"""The commands that look at a model, list what there is, measure and run: as those of making.py."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from moecule.options import (
+    Bits,
+    Clamp,
+    Compiled,
+    Context,
+    Device,
+    Dtype,
+    Exact,
+    ExpertCache,
+    Fit,
+    Gone,
+    Json,
+    Length,
+    Model,
+    RecipeName,
+    Samples,
+    Sets,
+    Size,
+    SkipFlag,
+    StatesAt,
+    Texts,
+    Trust,
+    compute_of,
+    recipe_of,
+)
+from moecule.show import (
+    bar,
+    err_console,
+    out_console,
+    print_change,
+    print_json,
+    print_one,
+    print_table,
+)
+
+
+def inspect(
+    model: Model,
+    recipe: RecipeName = "mc",
+    set_: Sets = None,
+    bits: Bits = None,
+    size: Size = None,
+    fit: Fit = None,
+    context: Context = 4096,
+    drop: Gone = None,
+    clamp: Clamp = False,
+    samples: Samples = None,
+    length: Length = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    states: StatesAt = "auto",
+    time: Annotated[bool, typer.Option(help="Measure rates and estimate the time.")] = True,
+    json_: Json = False,
+) -> None:
+    """Show what a model holds, and what compressing it would take: bytes, bits and time."""
+    from moecule.inspect import inspect as look
+    from moecule.inspect import table
+    from moecule.verbs import Ask
+
+    found = look(
+        model,
+        recipe=recipe_of(recipe, set_, samples, length),
+        ask=Ask(bits, size, fit, context, drop, clamp),
+        compute=compute_of(device, dtype, False, states),
+        time=time,
+    )
+    if json_:
+        print_json(asdict(found))
+        return
+    shown = Table(show_header=False, box=None)
+    for row in table(found, recipe):
+        shown.add_row(*row)
+    out_console.print(shown)
+
+
+def families(json_: Json = False) -> None:
+    """List the model families that are served, and those that are refused and why."""
+    from moecule.catalogue import catalogue
+
+    found = catalogue()
+    if json_:
+        print_json([asdict(family) for family in found])
+        return
+    print_table([("family", "status", "reason"), *((f.name, f.status, f.reason) for f in found)])
+
+
+def methods(json_: Json = False) -> None:
+    """List the methods: what each does, its paper, and what it was measured to cost."""
+    from moecule.listing import listing, rows
+
+    found = listing()
+    if json_:
+        print_json([asdict(method) for method in found])
+        return
+    print_table(rows(found))
+
+
+def evaluate(
+    model: Model,
+    against: Annotated[str | None, typer.Option(help="The original, for KL and agreement.")] = None,
+    text: Texts = None,
+    length: Length = None,
+    skip: SkipFlag = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust: Trust = False,
+    states: StatesAt = "auto",
+    json_: Json = False,
+) -> None:
+    """Measure loss, size and speed."""
+    from moecule.evaluate import evaluate as run
+    from moecule.files import write_text
+
+    with bar() as progress:
+        before, after = run(
+            model,
+            against=against,
+            text=text or (),
+            length=length or 0,
+            skip=skip,
+            compute=compute_of(device, dtype, trust, states),
+            progress=progress,
+        )
+    if json_:
+        print_json(asdict(after))
+    elif before is not None:
+        print_change(before, after)
+    else:
+        print_one(after)
+    if (Path(model) / "plan.yaml").is_file():
+        write_text(Path(model) / "result.json", after.dumps())
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="What to go on from, or to answer.")],
+    tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    skip: SkipFlag = False,
+    exact: Exact = False,
+    compiled: Compiled = False,
+    expert_cache: ExpertCache = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust: Trust = False,
+) -> None:
+    """Print text as the model makes it, and tokens a second."""
+    from moecule.budget import format_size
+    from moecule.generate import generate as run
+
+    def write(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    made = run(
+        model,
+        prompt,
+        tokens=tokens,
+        temperature=temperature,
+        seed=seed,
+        skip=skip,
+        exact=exact,
+        compiled=compiled,
+        expert_cache=expert_cache,
+        compute=compute_of(device, dtype, trust),
+        say=write,
+    )
+    ran = f", {100 * made.experts_run:.1f} % of the experts run" if skip else ""
+    line = f"\n{made.tokens} tokens, {made.tokens_per_s:.1f} a second on {made.device}{ran}"
+    if made.cache is not None:
+        line += (
+            f", {100 * made.cache.share:.1f} % of the experts' uses from the expert cache "
+            f"({format_size(made.cache.device_bytes)} of {format_size(made.cache.host_bytes)})"
+        )
+    err_console.print(line, soft_wrap=True)

@@ -1,0 +1,173 @@
+"""The commands that make a checkpoint: each parses, calls one function, prints its result."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moecule.options import (
+    Bits,
+    Clamp,
+    Context,
+    Data,
+    Device,
+    Dtype,
+    Fit,
+    Gone,
+    Json,
+    Length,
+    Model,
+    RecipeName,
+    Samples,
+    Sets,
+    Size,
+    StatesAt,
+    Target,
+    Texts,
+    Trust,
+    compute_of,
+    recipe_of,
+)
+from moecule.show import bar, print_change, print_json, say
+
+
+def calibrate(
+    model: Model,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The stats folder.")],
+    recipe: RecipeName = "mc",
+    set_: Sets = None,
+    data: Data = None,
+    samples: Samples = None,
+    length: Length = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust: Trust = False,
+    states: StatesAt = "auto",
+) -> None:
+    """Count over text what a recipe's methods read."""
+    from moecule import verbs
+
+    chosen = recipe_of(recipe, set_, samples, length)
+    with bar() as progress:
+        made = verbs.calibrate(
+            model,
+            out,
+            recipe=chosen,
+            data=data,
+            compute=compute_of(device, dtype, trust, states),
+            progress=progress,
+        )
+    say(f"statistics in {made}; next: moecule plan {made} -o plan.yaml --recipe {recipe}")
+
+
+def plan(
+    stats: Annotated[Path, typer.Argument(help="What calibrate made.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The plan's file.")],
+    recipe: RecipeName = "mc",
+    set_: Sets = None,
+    bits: Bits = None,
+    size: Size = None,
+    fit: Fit = None,
+    context: Context = 4096,
+    drop: Gone = None,
+    clamp: Clamp = False,
+    target: Target = None,
+) -> None:
+    """Decide what becomes of every expert; the plan is text to read and edit."""
+    from moecule import verbs
+    from moecule.budget import Inventory, bytes_by_part, format_size, weights_left
+    from moecule.stats import load_stats
+
+    made = verbs.plan(
+        stats,
+        out,
+        recipe=recipe_of(recipe, set_, None, None),
+        ask=verbs.Ask(bits, size, fit, context, drop, clamp, target),
+    )
+    inventory = Inventory.from_dict(load_stats(stats)[1]["inventory"])
+    parts = bytes_by_part(inventory, made)
+    true = 8 * parts["experts"] / inventory.expert_weights
+    gone = f"{made.dropped} experts dropped, " if made.dropped else ""
+    if made.narrowed:
+        gone = f"{1 - weights_left(inventory, made):.4g} of the experts' weights dropped, "
+    width = f"{made.nominal_bits:.3f} nominal bits, {true:.3f} true bits a routed expert's weight"
+    size = f"{format_size(sum(parts.values()))} in all"
+    say(f"{out}: {gone}{width}, {size}; next: moecule apply {made.model} {out} -o OUT")
+
+
+def apply(
+    model: Model,
+    plan: Annotated[Path, typer.Argument(help="What plan made, edited or not.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The compressed checkpoint's folder.")],
+    data: Data = None,
+    samples: Samples = None,
+    length: Length = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust: Trust = False,
+    states: StatesAt = "auto",
+) -> None:
+    """Carry a plan out, and check in a fresh process that the result loads and computes."""
+    from moecule import verbs
+    from moecule.data import Sampling
+
+    given = {k: v for k, v in (("samples", samples), ("length", length)) if v is not None}
+    with bar() as progress:
+        made = verbs.apply(
+            model,
+            plan,
+            out,
+            data=data,
+            sampling=Sampling(**given),
+            compute=compute_of(device, dtype, trust, states),
+            progress=progress,
+        )
+    say(f"compressed checkpoint in {made}; next: moecule evaluate {made} --against {model}")
+
+
+def compress(
+    model: Model,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The compressed checkpoint's folder.")],
+    recipe: RecipeName = "mc",
+    set_: Sets = None,
+    bits: Bits = None,
+    size: Size = None,
+    fit: Fit = None,
+    context: Context = 4096,
+    drop: Gone = None,
+    clamp: Clamp = False,
+    target: Target = None,
+    data: Data = None,
+    text: Texts = None,
+    samples: Samples = None,
+    length: Length = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust: Trust = False,
+    states: StatesAt = "auto",
+    json_: Json = False,
+) -> None:
+    """Calibrate, plan, apply and evaluate; goes on where it was left."""
+    from moecule.compress import compress as run
+    from moecule.verbs import Ask
+
+    chosen = recipe_of(recipe, set_, samples, length)
+    with bar() as progress:
+        made = run(
+            model,
+            out,
+            recipe=chosen,
+            ask=Ask(bits, size, fit, context, drop, clamp, target),
+            data=data,
+            text=text or (),
+            compute=compute_of(device, dtype, trust, states),
+            progress=progress,
+        )
+    if json_:
+        print_json(asdict(made.after))
+        return
+    print_change(made.before, made.after)
+    say(f"in {made.folder}; next: moecule generate {made.folder} 'Once upon a time'")

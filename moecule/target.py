@@ -1,0 +1,113 @@
+"""What a consumer of checkpoints can load, and a recipe's choices that keep to it.
+
+All three load stock checkpoints: the same number of experts in every layer (and in every group of its
+router), one width, nothing rounded, nothing skipped online. llama.cpp gives experts of a layer one type,
+and does so itself, of a stock checkpoint that its own script converts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from moecule.budget import Inventory
+from moecule.errors import RecipeError
+from moecule.narrow import ALIGNED
+from moecule.plan import Keep, Plan
+from moecule.recipe import AS_IT_IS, Part, Recipe
+
+Name = Literal["transformers", "vllm", "gguf"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What differs between them."""
+
+    multiple: int  # of channels, that an expert's width is
+    most_experts: int | None = None  # in a layer
+    rounding: str = "moecule's packed experts load with moecule"  # why bits are refused
+
+
+TARGETS: dict[str, Target] = {
+    "transformers": Target(ALIGNED),  # torch's grouped product
+    "vllm": Target(64),  # its fused kernels' tiles
+    # blocks of 32 channels share a scale; LLAMA_MAX_EXPERTS
+    "gguf": Target(64, 512, "llama.cpp rounds for itself (llama-quantize)"),
+}
+
+
+def target_of(name: str) -> Target:
+    """Raises RecipeError for one that is not known."""
+    if name not in TARGETS:
+        raise RecipeError(f"target {name!r} is not known; wanted {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+def steered(recipe: Recipe, name: str) -> tuple[Recipe, dict[str, Any]]:
+    """(the recipe with choices that the target can load, those of them that it did not make itself).
+
+    Raises RecipeError for a recipe that cannot be had so.
+    """
+    target, changes = target_of(name), dict[str, Any]()
+    if recipe.skip is not None:
+        raise RecipeError(
+            f"recipe {recipe.name} skips experts online, which {name} does not; use a recipe that drops "
+            "experts, or leave out --target"
+        )
+    rounded = [part for part, keep in recipe.rest.items() if keep.bits < AS_IT_IS]
+    if rounded:
+        raise RecipeError(
+            f"recipe {recipe.name} rounds {rounded[0]}, and {name} loads 16 bits only: {target.rounding}; "
+            f"--set rest.{rounded[0]}=16, or leave out --target"
+        )
+    if recipe.score is not None and getattr(recipe.score.options, "budget", "layer") != "layer":
+        changes["score.budget"] = "layer"
+    if recipe.channels is not None:
+        options = recipe.channels.options
+        if options.budget != "expert":
+            changes["channels.budget"] = "expert"
+        if (options.multiple or ALIGNED) % target.multiple:
+            changes["channels.multiple"] = math.lcm(options.multiple or 1, target.multiple)
+    return _changed(recipe, changes), changes
+
+
+def _changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+    for key, value in changes.items():
+        table, _, option = key.partition(".")
+        part: Part = getattr(recipe, table)
+        made: Any = {table: replace(part, options=replace(part.options, **{option: value}))}
+        recipe = replace(recipe, **made)
+    return recipe
+
+
+def check_widths(recipe: Recipe, inventory: Inventory, name: str) -> None:
+    """Raise RecipeError where channels are to go and experts are not made of whole runs of them."""
+    multiple = target_of(name).multiple
+    odd = {e.down[1] for e in inventory.experts.values() if e.down[1] % multiple}
+    if recipe.channels is not None and odd:
+        raise RecipeError(
+            f"{name} loads widths that are multiples of {multiple}, and experts of this model have "
+            f"{min(odd)} channels; drop whole experts instead (--recipe reap)"
+        )
+
+
+def check_plan(plan: Plan, name: str) -> None:
+    """Raise RecipeError for a plan that makes what the target does not load."""
+    target = target_of(name)
+    kept = {sum(isinstance(f, Keep) for f in fates) for fates in plan.layers.values()}
+    if not plan.leaves_experts:
+        raise RecipeError(
+            f"experts would be rounded, and {name} loads 16 bits only: {target.rounding}; give --drop, "
+            "--bits 16 and a recipe that drops, or leave out --target"
+        )
+    if len(kept) > 1:
+        raise RecipeError(
+            f"layers would keep {' or '.join(map(str, sorted(kept)))} experts, and {name} loads one number "
+            "for all; give another --drop, or leave out --target"
+        )
+    if target.most_experts is not None and max(kept) > target.most_experts:
+        raise RecipeError(
+            f"{max(kept)} experts would stay in a layer, and {name} loads {target.most_experts}; drop "
+            "more, or leave out --target"
+        )
