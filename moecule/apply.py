@@ -21,14 +21,15 @@ from moecule.hf import Streamed
 from moecule.inventory import rest_parts
 from moecule.journal import NO_TRAIL, Trail
 from moecule.method import load_method
-from moecule.moe import experts_of, listening, put_experts, select_experts, set_top_k
+from moecule.moe import end_of, experts_of, listening
 from moecule.pack import Codec, pack_experts, pack_weights
 from moecule.packed import Packed
 from moecule.plan import Keep, Plan
 from moecule.recipe import Part
 from moecule.states import States
+from moecule.unite import check_merges, take_away
 from moecule.walk import Step, Tick, finish, walk
-from moecule.width import cut_channels, width_key
+from moecule.width import width_key
 from moecule.writer import Writer
 
 
@@ -41,6 +42,8 @@ class Applied:
     starved: dict[int, list[int]] = field(
         default_factory=dict
     )  # experts no token reached, by layer
+    aliased: dict[str, int] = field(default_factory=dict)
+    moved: dict[int, float] = field(default_factory=dict)  # share of dropped experts' channels
     last: States | None = None  # the last layer's output
     width_key: str | None = None  # of config.json, where one says how many channels experts keep
 
@@ -61,18 +64,22 @@ def check_plan(plan: Plan, streamed: Streamed) -> None:
         fates, n = plan.layers[i], moe.experts.num_experts
         if len(fates) != n:
             raise PlanError(f"plan: layer {i} has {len(fates)} experts, the model has {n}")
+        check_merges(plan, i)
+        if plan.refit and end_of(moe.experts) is not None:
+            raise PlanError("plan: refit: a norm follows this model's experts; give refit: false")
         kept = [e for e, f in enumerate(fates) if isinstance(f, Keep)]
         top_k = moe.top_k if plan.top_k is None else plan.top_k
         if top_k > moe.top_k:
             raise PlanError(
                 f"plan: top_k has {top_k}, and the router of layer {i} picks {moe.top_k}"
             )
-        if len(kept) < top_k:
+        if not kept or (len(kept) < top_k and not plan.has_aliases(i)):
             raise PlanError(
                 f"plan: layer {i} keeps {len(kept)} experts, and the router picks {top_k} "
                 "a token; keep more, or give the plan a smaller top_k"
             )
-        _check_groups(plan, streamed, i, n, kept, top_k)
+        if not plan.has_aliases(i):  # the router still picks as it did
+            _check_groups(plan, streamed, i, n, kept, top_k)
         _check_channels(plan, i, n, experts_of(moe.experts).down.shape[2])
     if plan.skip is not None and not set(plan.skip.thresholds) <= set(moes):
         raise PlanError(
@@ -175,6 +182,8 @@ def _applied(notes: Sequence[Mapping[str, Any]], last: States) -> Applied:
     for note in notes:
         done.experts.update(note.get("experts", {}))
         done.weights.update(note.get("weights", {}))
+        done.aliased.update(note.get("aliased", {}))
+        done.moved.update({int(i): share for i, share in note.get("moved", {}).items()})
         done.starved.update({int(i): ids for i, ids in note.get("starved", {}).items()})
     return done
 
@@ -191,7 +200,7 @@ def is_stock(plan: Plan, key: str | None) -> bool:
 
     Where channels go: and `key`, the config key of the one width that all experts have, is there.
     """
-    if plan.skip is not None or (plan.narrowed and key is None):
+    if plan.skip is not None or plan.aliased or (plan.narrowed and key is None):
         return False
     sizes = {sum(isinstance(f, Keep) for f in layer) for layer in plan.layers.values()}
     as_it_is = plan.leaves_experts and all(f.bits == 16 for f in plan.rest.values())
@@ -251,13 +260,7 @@ def _layer(
     if moe is None:
         packed |= pack_weights(codec, streamed, step, others)
     else:
-        if len(kept) < len(fates):
-            put_experts(moe.experts, experts_of(moe.experts).select(kept))
-            select_experts(moe, kept, len(fates))
-        if plan.top_k is not None:
-            set_top_k(moe, plan.top_k)
-        if any(k.channels is not None for k in keeps):
-            narrow = cut_channels(streamed, moe, keeps, plan.order[i][kept])
+        narrow = take_away(streamed, plan, moe, step, aside)
         rounds = any(k.bits < 16 for k in keeps)
         with listening(moe, aside, outputs=False) as heard:
             packed |= pack_weights(codec, streamed, step, others, always_run=rounds)
@@ -276,6 +279,8 @@ def _layer(
     if moe is not None and not stock:
         experts = experts_of(moe.experts)
         runtime.prepare_experts(moe.experts, keeps)
+        if plan.has_aliases(i):
+            step.note["aliased"] = {str(i): len(fates)}
         if narrow is None:
             runtime.fill_experts(moe.experts, experts, codes)
         else:

@@ -6,7 +6,7 @@ others is left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from moecule.budget import Inventory, bytes_by_part, format_size, parse_size, within
-from moecule.drop import Dropping, Kept, fates_of, parse_share
+from moecule.drop import Dropping, Kept, Spread, fates_of, parse_share
 from moecule.errors import RecipeError
+from moecule.merge import Cluster, Merging, weights_of, with_merges
 from moecule.method import load_method
 from moecule.narrow import Narrowing
 from moecule.order import with_order
 from moecule.plan import Plan, Skip
 from moecule.recipe import AS_IT_IS, Part, Recipe, load_recipe, recipe_names
-from moecule.stats import Stats
+from moecule.stats import COUNT, Stats, select
 from moecule.target import check_plan, check_widths, steered, target_of
 
 Make = Callable[[float, float], Plan]  # of a share to drop and a mean of bits
@@ -139,7 +140,23 @@ def _going(
     method, options = load_method(recipe.score.method, "score"), recipe.score.options
     assert method.score is not None  # as above
     scores = blank if stats is None else dict(method.score(stats, options))
-    return Dropping(scores, inventory, getattr(options, "budget", "layer"), ask.clamp)
+    spread: Spread = getattr(options, "budget", "layer")
+    if recipe.cluster is None:
+        return Dropping(scores, inventory, spread, ask.clamp)
+    clusters = None if stats is None else _clusters(recipe, recipe.cluster, stats, scores)
+    return Merging(scores, inventory, spread, ask.clamp, clusters)
+
+
+def _clusters(recipe: Recipe, part: Part, stats: Stats, scores: Mapping[int, Tensor]) -> Cluster:
+    """The method's clusters, of the experts of a layer or of a group of its router."""
+    of, read = load_method(part.method, "cluster").cluster, recipe.counted()
+    assert of is not None  # load_method saw to it
+
+    @cache
+    def made(layer: int, ids: tuple[int, ...], n: int) -> Sequence[int]:
+        return of(select(stats[layer], read, ids), scores[layer][list(ids)], n, part.options)
+
+    return made
 
 
 def _check_bits(recipe: Recipe, ask: Ask, going: Going, share: float) -> None:
@@ -165,9 +182,22 @@ def decide(recipe: Recipe, ask: Ask, stats: Stats, inventory: Inventory) -> Plan
         return allocate(survivors(recipe, stats, kept), bits, recipe.allocate.options)
 
     made, kept = _met(recipe, ask, inventory, going, widths)
+    if recipe.merge is not None:
+        made = _merging(recipe, stats, going, made)
     if made.narrowed and isinstance(going, Narrowing):
         made = with_order(made, going.order())
     return _skipping(made, recipe.skip, survivors(recipe, stats, kept))
+
+
+def _merging(recipe: Recipe, stats: Stats, going: Going, plan: Plan) -> Plan:
+    """The plan, in which those that went go into others."""
+    assert isinstance(going, Dropping)  # a recipe that merges has a score
+    score = {i: s.clamp(min=0) for i, s in going.scores.items()}
+    count = {i: of[COUNT.name] for i, of in stats.items()}
+    merges = recipe.merges(weights_of(count if recipe.into.weigh == "count" else score))
+    assert merges is not None  # as above
+    plan = replace(plan, merge=None)
+    return going.merged(plan, merges) if isinstance(going, Merging) else with_merges(plan, merges)
 
 
 def foresee(recipe: Recipe, ask: Ask, inventory: Inventory) -> Plan:
@@ -200,7 +230,8 @@ def _met(
         else:
             given = widths(kept, bits)
         layers = fates_of(kept, given, inventory, recipe.group, counts(share))
-        return Plan("", "", layers, rest=recipe.rest, top_k=going.check(share))
+        top_k, merge = going.check(share), recipe.merges({})
+        return Plan("", "", layers, rest=recipe.rest, top_k=top_k, merge=merge, refit=recipe.refit)
 
     share, size = ask.share(recipe), ask.size_bytes(inventory)
     if size is None:
@@ -246,7 +277,7 @@ def at_width(recipe: Recipe, share: float, inventory: Inventory, bits: int) -> P
     kept = going.kept(share)
     given = {i: (bits,) * len(ids) for i, ids in kept.items()}
     layers = fates_of(kept, given, inventory, recipe.group, going.counts(share))
-    return Plan("", "", layers, rest=recipe.rest)
+    return Plan("", "", layers, rest=recipe.rest, merge=recipe.merges({}))
 
 
 def price(inventory: Inventory, plan: Plan) -> int:
@@ -256,15 +287,7 @@ def price(inventory: Inventory, plan: Plan) -> int:
 
 def survivors(recipe: Recipe, stats: Stats, kept: Kept) -> dict[int, dict[str, Tensor]]:
     """The sums that the recipe reads, of the experts that stay."""
-    read = recipe.counted()
-    return {
-        i: {
-            s.name: of[s.name] if s.of_layer is not None else of[s.name][list(kept[i])]
-            for s in read
-            if s.name in of
-        }
-        for i, of in stats.items()
-    }
+    return {i: select(of, recipe.counted(), kept[i]) for i, of in stats.items()}
 
 
 def _skipping(plan: Plan, skip: Part | None, stats: Stats) -> Plan:

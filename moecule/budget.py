@@ -11,6 +11,7 @@ from moecule.errors import RecipeError
 from moecule.packed import packed_bytes
 from moecule.plan import REST, Keep, Plan
 
+ALIAS_BYTES = 4  # int32, of each expert in a layer where experts share weights
 UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12,
          "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
 
@@ -137,10 +138,15 @@ def bytes_by_part(inventory: Inventory, plan: Plan) -> dict[str, int]:
         for fate in plan.layers[i]:
             if isinstance(fate, Keep):
                 out["experts"] += _expert_bytes(e, fate, even=len(kept) == 1)
+            if isinstance(fate, Keep) or plan.aliased:
                 out["router"] += e.router_bytes
+        if plan.has_aliases(i):  # which of those that stay each row is of
+            out["experts"] += e.n * ALIAS_BYTES
     for w in inventory.weights.values():
         rows, columns = w.shape
-        if w.part == "router" and rows > 1:  # one row an expert, and maybe of shared ones
+        if (
+            w.part == "router" and rows > 1 and not plan.aliased
+        ):  # one row an expert, and maybe of shared ones
             rows -= sum(not isinstance(f, Keep) for f in plan.layers[w.layer])
         out[w.part] += _weight_bytes(rows, columns, plan.rest[w.part], w.item_bytes)
     out["embeddings"] = inventory.embedding_bytes

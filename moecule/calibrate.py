@@ -139,25 +139,30 @@ def expert_sums(
         rows.append(row)
     # once a statistic: a GPU must not stand still after every expert
     sums = {s.name: torch.stack([row[s.name] for row in rows]).cpu() for s in wanted}
-    return sums | router_sums(streamed, heard, needs, len(rows))
+    return sums | router_sums(streamed, moe, heard, needs)
 
 
-def router_sums(
-    streamed: Streamed, heard: Heard, needs: Sequence[Statistic], n_experts: int
-) -> Sums:
-    """The statistics of a layer's router, over all its tokens: [E, ...] each."""
+def router_sums(streamed: Streamed, moe: Moe, heard: Heard, needs: Sequence[Statistic]) -> Sums:
+    """The statistics of a layer's router, and of its experts, over all its tokens: [E, ...] each."""
     sums: Sums = {}
-    wanted = [s for s in needs if s.of_router is not None]
+    experts, there = experts_of(moe.experts), streamed.device
+    wanted = {s: s.of_experts(experts) if s.of_experts else None for s in needs}
+    wanted = {s: of for s, of in wanted.items() if of or s.of_router}
     scores = streamed.family.scores_in(streamed.model.config.get_text_config())
-    for logits, idx, coef in (
-        zip(heard.logits, heard.idx, heard.coef, strict=True) if wanted else ()
+    n = len(experts)
+    for x, logits, idx, coef in (
+        zip(heard.x, heard.logits, heard.idx, heard.coef, strict=True) if wanted else ()
     ):
         prob = _probability(logits, scores)
         # some routers score experts that always run in their last columns
-        seen = Routed(logits[:, :n_experts], prob[:, :n_experts], idx, coef)
-        for s in wanted:
-            assert s.of_router is not None
-            _put(sums, s, s.of_router(seen).double().cpu())
+        seen = Routed(logits[:, :n], prob[:, :n], idx, coef)
+        for s, of in wanted.items():
+            if of is not None:
+                more = of(x.to(there), seen)
+            else:
+                assert s.of_router is not None
+                more = s.of_router(seen)
+            _put(sums, s, more.double().cpu())
     return sums
 
 

@@ -137,6 +137,7 @@ def _packed_config(source: Checkpoint, plan: Plan, done: Applied) -> dict[str, A
             "format": runtime.FORMAT,
             "experts": done.experts,
             "weights": done.weights,
+            **({"aliased": done.aliased} if done.aliased else {}),
             "skip": skip,
         },
     }
@@ -146,6 +147,10 @@ def _card(source: Checkpoint, plan: Plan, done: Applied) -> str:
     starved = "".join(
         f"\nLayer {i}: no calibration token reached experts {ids}; they were rounded to nearest."
         for i, ids in done.starved.items()
+    )
+    starved += "".join(
+        f"\nLayer {i}: {share:.1%} of the channels of experts that were dropped went into others."
+        for i, share in done.moved.items()
     )
     auto = auto_name(source.config["model_type"])
     needs = (

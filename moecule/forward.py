@@ -92,6 +92,8 @@ def packed_forward(
     self: Any, hidden: Float[Tensor, "T H"], idx: Int[Tensor, "T K"], coef: Float[Tensor, "T K"]
 ) -> Float[Tensor, "T H"]:
     """The forward of an experts module whose weights are packed; only experts that are hit are read."""
+    if "into" in self._buffers:  # experts that became part of others
+        idx = self.into[idx].to(idx.dtype)
     if self.skip is not None:
         idx, coef = self.skip(hidden, idx, coef, self.num_experts)
     found = GPU.experts_there(self) if _on_gpu(hidden, coef) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,17 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from moecule.errors import RecipeError
+from moecule.experts import Expert
+from moecule.group import Group, Recombined
 from moecule.packed import Packed
-from moecule.stats import Statistic, Stats
+from moecule.stats import LayerStats, Statistic, Stats
 
 # what the functions below take as `options` is an instance of the method's own Options
 Score = Callable[[Stats, Any], Mapping[int, Float64[Tensor, " E"]]]
 Channels = Callable[[Stats, Any], Mapping[int, Float64[Tensor, "E F"]]]
+Cluster = Callable[[LayerStats, Float64[Tensor, " E"], int, Any], Sequence[int]]
+Join = Callable[[Group, Any], Expert]
+Recombine = Callable[[Group, Sequence[int], Any], Recombined]
 Allocate = Callable[[Stats, float, Any], Mapping[int, tuple[int, ...]]]
 Encode = Callable[
     [Float[Tensor, "E M N"], Float[Tensor, "E N N"] | None, tuple[int, ...], int, Any],
@@ -39,6 +44,11 @@ class Method:
     channels: Channels | None = (
         None  # (stats, options) -> {layer: of each channel}; the lowest of the experts go
     )
+    cluster: Cluster | None = (
+        None  # (sums of a layer, score, n, options) -> a number for each; n clusters become one each
+    )
+    merge: Join | None = None  # (experts of a cluster, options) -> one
+    recombine: Recombine | None = None  # (a layer's experts, those that stay, options) -> those
     allocate: Allocate | None = None  # (stats, mean bits, options) -> {layer: bits of each expert}
     whole_bits: bool = False  # allocate takes no mean between two widths
     encode: Encode | None = None  # (W, gram, bits of each, group, options) -> one Packed each

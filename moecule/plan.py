@@ -7,10 +7,11 @@ diff, edited by hand and applied again. One outcome takes one line.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import yaml
 from jaxtyping import Int32
@@ -43,7 +44,32 @@ class Drop:
         return "drop"
 
 
-Fate = Keep | Drop
+@dataclass(frozen=True)
+class Merge:
+    """The expert becomes part of another of its layer, which stays."""
+
+    into: int
+
+    def __str__(self) -> str:
+        return f"merge {self.into}"
+
+
+Fate = Keep | Drop | Merge
+Router = Literal["rows", "mean", "alias"]
+
+
+@dataclass(frozen=True)
+class Merges:
+    """How experts become one, and what routers do with those that are no more.
+
+    router: their rows go ("rows"), or the row of the one that stays becomes the mean of all ("mean"), or
+    all rows stay, and who picks one of them gets the one that stays ("alias").
+    """
+
+    how: Mapping[str, Any]  # the method and its options
+    router: Router = "rows"
+    # {layer: how much each expert counts in the means}
+    weights: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,6 +90,8 @@ class Plan:
     rest: Mapping[str, Keep] = field(default_factory=lambda: dict.fromkeys(REST, Keep()))
     encode: Mapping[str, Any] = field(default_factory=lambda: {"method": "rtn"})
     skip: Skip | None = None
+    merge: Merges | None = None
+    refit: bool = False  # down projections are fitted to what the layer gave before
     top_k: int | None = None  # experts that routers pick for a token, where fewer than they did
     channels: str | None = None  # digest of `order`, where any expert keeps some channels only
     # {MoE layer: every expert's channels, those that go last first}; in a file beside the plan's
@@ -78,8 +106,21 @@ class Plan:
 
     @property
     def dropped(self) -> int:
-        """How many experts go."""
-        return sum(f == Drop() for layer in self.layers.values() for f in layer)
+        """How many experts go, into others or altogether."""
+        return sum(not isinstance(f, Keep) for layer in self.layers.values() for f in layer)
+
+    @property
+    def aliased(self) -> bool:
+        """Whether routers keep the rows of experts that became part of others."""
+        return self.merge is not None and self.merge.router == "alias"
+
+    def has_aliases(self, layer: int) -> bool:
+        """Whether the layer's router picks among more experts than there are."""
+        return self.aliased and not all(isinstance(f, Keep) for f in self.layers[layer])
+
+    def stays(self, layer: int) -> bool:
+        """Whether all experts of a layer, and all their channels, stay."""
+        return all(isinstance(f, Keep) and f.channels is None for f in self.layers[layer])
 
     @property
     def narrowed(self) -> bool:
@@ -91,7 +132,7 @@ class Plan:
     def leaves_experts(self) -> bool:
         """Whether the weights that stay of all experts do so as they are."""
         fates = [f for layer in self.layers.values() for f in layer]
-        return all(isinstance(f, Drop) or f.bits == 16 for f in fates)
+        return all(not isinstance(f, Keep) or f.bits == 16 for f in fates)
 
     @property
     def code_digest(self) -> str:
@@ -104,12 +145,20 @@ class Plan:
         doc["made_by"] = dict(self.made_by)
         doc["encode"] = dict(self.encode)
         doc["rest"] = {part: str(self.rest[part]) for part in REST}
+        if self.merge is not None:
+            doc["merge"] = {"how": dict(self.merge.how), "router": self.merge.router}
+            doc["merge"]["weights"] = _spaced(self.merge.weights)
+        if self.refit:
+            doc["refit"] = True
         if self.top_k is not None:
             doc["top_k"] = self.top_k
         if self.channels is not None:
             doc["channels"] = self.channels
         if self.skip is not None:
-            doc["skip"] = {"protect": self.skip.protect, "thresholds": _spaced(self.skip)}
+            doc["skip"] = {
+                "protect": self.skip.protect,
+                "thresholds": _spaced(self.skip.thresholds),
+            }
         doc["layers"] = {layer: _lines(fates) for layer, fates in sorted(self.layers.items())}
         return yaml.safe_dump(doc, sort_keys=False, width=100)
 
@@ -123,16 +172,16 @@ class Plan:
                 raise  # says more
             raise PlanError(f"plan: not YAML: {' '.join(str(e).split())}") from e
         wanted = {"model", "digest", "made_by", "encode", "rest", "layers"}
-        more = {"skip", "top_k", "channels"}
+        more = {"skip", "top_k", "channels", "merge", "refit"}
         if not isinstance(doc, dict) or not wanted <= set(doc) <= wanted | more:
             found = sorted(map(str, doc)) if isinstance(doc, dict) else type(doc).__name__
             raise PlanError(
-                f"plan: found keys {found}, wanted {sorted(wanted)}, maybe skip, top_k and channels"
+                f"plan: found keys {found}, wanted {sorted(wanted)}, maybe {', '.join(sorted(more))}"
             )
         if not isinstance(doc["rest"], dict) or set(doc["rest"]) != set(REST):
             raise PlanError(f"plan: rest has {doc['rest']!r}, wanted one line each for {REST}")
         rest = {part: _fate(str(verb), f"rest, {part}") for part, verb in doc["rest"].items()}
-        if any(isinstance(f, Drop) or f.channels is not None for f in rest.values()):
+        if any(not isinstance(f, Keep) or f.channels is not None for f in rest.values()):
             raise PlanError("plan: rest, only experts can be dropped; wanted keep or keep 3bit g64")
         for key in ("made_by", "encode"):
             if not isinstance(doc[key], dict):
@@ -146,10 +195,16 @@ class Plan:
             rest={part: fate for part, fate in rest.items() if isinstance(fate, Keep)},
             encode=doc["encode"],
             skip=_skip(doc["skip"]) if "skip" in doc else None,
+            merge=_merges(doc["merge"]) if "merge" in doc else None,
+            refit=_refit(doc["refit"]) if "refit" in doc else False,
             top_k=_top_k(doc["top_k"]) if "top_k" in doc else None,
             channels=str(doc["channels"]) if "channels" in doc else None,
             made_by=doc["made_by"],
         )
+        if made.merge is None and any(
+            isinstance(f, Merge) for of in made.layers.values() for f in of
+        ):
+            raise PlanError("plan: experts are merged, and it does not say how; wanted merge:")
         if made.narrowed and made.channels is None:
             raise PlanError(
                 "plan: an expert keeps some channels, and the plan does not name which; wanted channels: "
@@ -183,8 +238,28 @@ class _OneKeyOnce(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _spaced(skip: Skip) -> dict[int, str]:
-    return {i: " ".join(map(repr, t)) for i, t in sorted(skip.thresholds.items())}
+def _spaced(numbers: Mapping[int, tuple[float, ...]]) -> dict[int, str]:
+    return {i: " ".join(map(repr, t)) for i, t in sorted(numbers.items())}
+
+
+def _merges(doc: Any) -> Merges:
+    try:
+        how, router, weights = (doc[key] for key in ("how", "router", "weights"))
+        given = {
+            _number(i, "merge"): tuple(float(x) for x in str(t).split()) for i, t in weights.items()
+        }
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise PlanError(
+            f"plan: merge wants how, router and weights per layer, found {doc!r}"
+        ) from e
+    if not isinstance(how, dict) or router not in get_args(Router) or len(doc) != 3:
+        raise PlanError(
+            "plan: merge wants a method and its options under how, and router "
+            f"{', '.join(get_args(Router))}; found {how!r}, {router!r}"
+        )
+    if not all(0 <= x < math.inf for t in given.values() for x in t):  # NaN is not, either
+        raise PlanError("plan: merge: weights are numbers from 0 up")
+    return Merges(how, router, given)
 
 
 def _skip(doc: Any) -> Skip:
@@ -200,6 +275,12 @@ def _skip(doc: Any) -> Skip:
     if not all(0 <= x <= 1 for x in numbers):  # NaN is not, either
         raise PlanError(f"plan: skip wants numbers from 0 to 1, found {doc!r}")
     return skip
+
+
+def _refit(value: Any) -> bool:
+    if type(value) is bool:
+        return value
+    raise PlanError(f"plan: refit has {value!r}, wanted true or false")
 
 
 def _top_k(value: Any) -> int:
@@ -235,10 +316,13 @@ def _fate(verb: str, where: str) -> Fate:
         return Drop()
     if verb == "keep":
         return Keep()
+    if match := re.fullmatch(r"merge (\d{1,4})", verb):
+        return Merge(int(match[1]))
     match = re.fullmatch(r"keep(?: (\d{1,9})ch)?(?: (\d{1,9})bit g(\d{1,9}))?", verb)
     if not match:
         raise PlanError(
-            f"plan: {where}: cannot read {verb!r}; wanted keep, keep 3bit g64, keep 192ch, or drop"
+            f"plan: {where}: cannot read {verb!r}; wanted keep, keep 3bit g64, keep 192ch, drop, or "
+            "merge 3"
         )
     channels = None if match[1] is None else int(match[1])
     if match[2] is None:

@@ -18,11 +18,12 @@ from moecule.budget import Inventory
 from moecule.data import Sampling
 from moecule.errors import RecipeError
 from moecule.method import load_method
-from moecule.plan import REST, Keep, Plan
+from moecule.plan import REST, Keep, Merges, Plan, Router
 from moecule.stats import COUNT, DROPPING, Statistic
 
 HERE = Path(__file__).parent / "recipes"
 AS_IT_IS = 16.0  # bits: experts that stay are not rounded
+MERGING = ("cluster", "merge")
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text in quotes"}
 
 
@@ -42,6 +43,14 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Into:
+    """Keys of [merge] that every method of it has."""
+
+    router: Router = "rows"  # as in plan.Merges
+    weigh: Literal["count", "score"] = "count"  # what an expert's weight in a mean is
+
+
+@dataclass(frozen=True)
 class Recipe:
     """The whole pipeline by name."""
 
@@ -57,6 +66,10 @@ class Recipe:
     skip: Part | None = None
     score: Part | None = None  # says which experts to drop
     channels: Part | None = None  # says which channels of the experts to drop
+    cluster: Part | None = None  # says which experts become one, instead of being dropped
+    merge: Part | None = None  # makes one of them
+    into: Into = field(default_factory=lambda: Into())
+    refit: bool = False  # down projections are fitted to what the layer gave before any of it
     drop: float = 0.0  # the share of either when --drop is not given
 
     def needs(self) -> tuple[Statistic, ...]:
@@ -64,6 +77,7 @@ class Recipe:
         parts = {
             "score": self.score,
             "channels": self.channels,
+            "cluster": self.cluster,
             "allocate": self.allocate,
             "thresholds": self.skip,
         }
@@ -95,6 +109,12 @@ class Recipe:
         """The least and the most bits that its allocation can give an expert."""
         given = getattr(self.allocate.options, "bits", (1, 8))
         return min(given), max(given)
+
+    def merges(self, weights: Mapping[int, tuple[float, ...]]) -> Merges | None:
+        """How a plan of it merges experts, if it does."""
+        if self.merge is None:
+            return None
+        return Merges(self.merge.as_dict(), self.into.router, weights)
 
     def even(self, inventory: Inventory, bits: float) -> Plan:
         """A plan that gives all experts the widths of `even_widths`."""
@@ -170,7 +190,7 @@ def load_recipe(name: str | Path, changes: Mapping[str, Any] | None = None) -> R
 
 def _recipe(path: Path, doc: dict[str, Any]) -> Recipe:
     known = {"about", "paper", "group", "bits", "drop", "data", "allocate", "encode", "rest"}
-    _refuse_unknown(str(path), doc, known | {"score", "channels", "skip"})
+    _refuse_unknown(str(path), doc, known | {"score", "channels", "skip", "refit", *MERGING})
     for key in ("allocate", "encode"):
         if not isinstance(doc.get(key), dict):
             raise RecipeError(f"{path}: there is no [{key}] table; it must name a method")
@@ -184,8 +204,10 @@ def _recipe(path: Path, doc: dict[str, Any]) -> Recipe:
     if not 0 <= drop < 1 or (drop and not able):
         wanted = "a share of the experts, from 0 to 1" if able else "a [score] table with it"
         raise RecipeError(f"{path}: drop = {drop:g}, wanted {wanted}")
+    given: dict[str, Any] = {key: part_of(f"{path} [{key}]", doc[key], key, group) for key in able}
     rest = doc.get("rest", {})
     _refuse_unknown(f"{path} [rest]", rest, set(REST))
+    given |= _merging(path, doc)
     return Recipe(
         name=path.stem,
         about=_value(str, doc.get("about", ""), f"{path}: about"),
@@ -197,9 +219,28 @@ def _recipe(path: Path, doc: dict[str, Any]) -> Recipe:
         encode=part_of(f"{path} [encode]", doc["encode"], "encode", group),
         rest={part: _keep(rest.get(part, 16), group, f"{path} [rest] {part}") for part in REST},
         skip=part_of(f"{path} [skip]", doc["skip"], "thresholds", group) if "skip" in doc else None,
-        **{key: part_of(f"{path} [{key}]", doc[key], key, group) for key in able},
         drop=drop,
+        refit=_value(bool, doc.get("refit", False), f"{path}: refit"),
+        **given,
     )
+
+
+def _merging(path: Path, doc: dict[str, Any]) -> dict[str, Any]:
+    """The parts that make one of several experts; with [cluster] there must be [merge]."""
+    if not {*MERGING} & {*doc}:
+        return {}
+    if not {"score", "merge"} <= {*doc}:
+        raise RecipeError(
+            f"{path}: experts are merged by [score], of which the highest stays, [cluster] and [merge]; "
+            f"there is no [{'merge' if 'score' in doc else 'score'}]"
+        )
+    table = dict(doc["merge"]) if isinstance(doc["merge"], dict) else {}
+    common = {f.name for f in dataclasses.fields(Into)} & {*table}
+    into = _options(Into, {k: table.pop(k) for k in sorted(common)}, f"{path} [merge]")
+    if "cluster" not in doc:  # of experts that are dropped, parts go into others
+        return {"merge": part_of(f"{path} [merge]", table, "recombine"), "into": into}
+    cluster = part_of(f"{path} [cluster]", doc["cluster"], "cluster")
+    return {"cluster": cluster, "merge": part_of(f"{path} [merge]", table, "merge"), "into": into}
 
 
 def part_of(where: str, table: Any, what: str, group: int | None = None) -> Part:

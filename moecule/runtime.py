@@ -218,6 +218,8 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         experts: dict[str, str]
         | None = None,  # {layer: "3g64 3g64 16c192 ..."}, those that are left
         weights: dict[str, str] | None = None,  # {module: "4g64"}
+        aliased: dict[str, int]
+        | None = None,  # {layer: experts of its router, which share weights}
         skip: dict[str, Any] | None = None,  # online.SkipSettings
         format: int = FORMAT,
         **ignored: Any,
@@ -227,12 +229,8 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 f"checkpoint format {format}, this moecule reads {FORMAT}; update moecule"
             )
         self.quant_method = MODEL_TYPE
-        self.format, self.experts, self.weights, self.skip = (
-            format,
-            experts or {},
-            weights or {},
-            skip,
-        )
+        self.format, self.skip = format, skip
+        self.experts, self.weights, self.aliased = experts or {}, weights or {}, aliased or {}
 
 
 def keep_text(keep: Keep) -> str:
@@ -257,7 +255,11 @@ def prepare_model(model: Any, config: PackedConfig) -> None:
             moe = find_moe(layers[int(i)], family)
             assert moe is not None  # the writer named only MoE layers
             keeps = [keep_from(w) for w in widths.split()]
-            if len(keeps) < moe.experts.num_experts:
+            if i in config.aliased:
+                moe.experts.register_buffer(
+                    "into", torch.empty(config.aliased[i], dtype=torch.int32)
+                )
+            elif len(keeps) < moe.experts.num_experts:
                 select_experts(moe, range(len(keeps)), moe.experts.num_experts)
             prepare_experts(moe.experts, keeps)
             _give_class(moe.block, {"forward": forward.block_forward(type(moe.block).forward)})

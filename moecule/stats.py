@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moecule.errors import DataError
-from moecule.experts import Expert
+from moecule.experts import Expert, Experts
 from moecule.files import parse_json, save_whole, write_text
 
 BINS = 256  # of every histogram over [0, 1]
@@ -76,7 +76,7 @@ class LayerSeen:
 class Statistic:
     """A named sum over the tokens of an expert, or of a layer. stats/ knows it by its name.
 
-    One of the four functions is given; each says what one batch adds.
+    One of the five functions is given; each says what one batch adds.
     """
 
     name: str
@@ -87,6 +87,9 @@ class Statistic:
     of_router: Callable[[Routed], Tensor] | None = (
         None  # -> [E, ...], of tokens routed elsewhere too
     )
+    # experts -> (inputs of all tokens, their routing) -> [E, ...]: every expert is run on every token
+    of_experts: Callable[[Experts], Callable[[Tensor, Routed], Tensor]] | None = None
+    pairs: bool = False  # [E, E], of every two experts
     backward: bool = False  # reads Seen.grad
     turned: bool = False  # reads Seen.turn
     greatest: bool = False  # of two batches the greater number is kept, not the sum
@@ -116,6 +119,10 @@ TURN_COEF_NORM = Statistic("turn_coef_norm", lambda s: _turned(s).sum(), turned=
 DROPPING = (COUNT, SOFT, COEF, COEF_SQ, NORM, NORM_SQ, COEF_NORM, COEF_NORM_SQ, TURN_COEF_NORM)
 TOKENS = Statistic("tokens", of_layer=lambda s: torch.tensor(float(len(s.hidden))))
 HIDDEN_SQ = Statistic("hidden_sq", of_layer=lambda s: s.out.double().square().sum())
+# what two experts' logits have in common, over all tokens
+LOGITS = Statistic(
+    "logits", of_router=lambda r: r.logits.double().mT @ r.logits.double(), pairs=True
+)
 COSINE = Statistic(
     "cosine", of_layer=lambda s: torch.cosine_similarity(s.hidden.double(), s.out.double()).sum()
 )
@@ -130,6 +137,17 @@ LayerStats = Mapping[
     str, Float64[Tensor, "..."]
 ]  # [E, ...] of experts, [...] of the layer, by the statistic's name
 Stats = Mapping[int, LayerStats]  # by layer
+
+
+def select(sums: LayerStats, read: Iterable[Statistic], ids: Sequence[int]) -> dict[str, Tensor]:
+    """The sums of a layer that `read` names, of the experts `ids` alone."""
+    at, out = list(ids), dict[str, Tensor]()
+    for s in read:
+        if s.name in sums:
+            of = sums[s.name]
+            of = of if s.of_layer is not None else of[at]
+            out[s.name] = of[:, at] if s.pairs else of
+    return out
 
 
 def histograms(

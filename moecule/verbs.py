@@ -26,7 +26,7 @@ from moecule.inventory import take_inventory
 from moecule.journal import Journal, Trail, journal_of, placed, sweep
 from moecule.order import read_plan as read_plan  # the verb beside plan and apply
 from moecule.order import save_plan
-from moecule.plan import Drop, Plan
+from moecule.plan import Keep, Plan
 from moecule.recipe import Recipe, load_recipe, part_of
 from moecule.session import (
     Compute,
@@ -208,6 +208,7 @@ def plan(
             "recipe": chosen.name,
             **({"score": chosen.score.as_dict()} if chosen.score else {}),
             **({"channels": chosen.channels.as_dict()} if chosen.channels else {}),
+            **({"cluster": chosen.cluster.as_dict()} if chosen.cluster else {}),
             "allocate": chosen.allocate.as_dict(),
             "encode": chosen.encode.as_dict(),
             "rest": {part: str(keep) for part, keep in chosen.rest.items()},
@@ -239,7 +240,7 @@ def _warn_of_few(plan: Plan, sums: Mapping[int, Mapping[str, Tensor]]) -> None:
         e
         for i, fates in plan.layers.items()
         for e, fate in enumerate(fates)
-        if fate != Drop() and sums[i][COUNT.name][e] < FEW
+        if isinstance(fate, Keep) and sums[i][COUNT.name][e] < FEW
     ]
     if (plan.dropped or plan.narrowed) and few:
         warnings.warn(

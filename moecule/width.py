@@ -23,6 +23,12 @@ def widths_of(keeps: Sequence[Keep], full: int) -> list[int]:
     return [full if k.channels is None else k.channels for k in keeps]
 
 
+def stay_of(keeps: Sequence[Keep], order: Int32[Tensor, "E F"]) -> list[Int32[Tensor, " _c"]]:
+    """The channels of each expert that stay, rising; `order` is of those experts that are there."""
+    widths = widths_of(keeps, order.shape[1])
+    return [of[:n].sort().values for of, n in zip(order, widths, strict=True)]
+
+
 def rows_of(module: Any, channels: Int[Tensor, " c"], full: int) -> Int[Tensor, " R"]:
     """The rows of an expert's first matrix that are of these channels, in their order."""
     if not module.has_gate:
@@ -56,7 +62,7 @@ def cut_channels(
     experts = experts_of(moe.experts)
     full = experts.down.shape[2]
     widths = widths_of(keeps, full)
-    stay = [of[:n].sort().values for of, n in zip(order, widths, strict=True)]
+    stay = stay_of(keeps, order)
     if len(set(widths)) > 1:
         narrow = [narrow_expert(moe.experts, experts[e], at) for e, at in enumerate(stay)]
         for e, at in enumerate(stay):

@@ -37,7 +37,7 @@ from moecule.walk import walk
 few_tokens = pytest.mark.filterwarnings("ignore:.*saw fewer than 32 tokens")
 every_family = pytest.mark.parametrize("name", tiny.FAMILIES)
 SCORING = {name: m for name, m in load_all().items() if m.score is not None}
-RECIPES = [n for n in recipe_names() if load_recipe(n).score is not None]
+RECIPES = [n for n in recipe_names() if (r := load_recipe(n)).score and not r.merge]
 
 # four experts, two a token, three tokens: logits, the lengths of the outputs, the turns
 LOGITS = torch.tensor([[2.0, 1, 0, -1], [0, 3, 1, -2], [1, 0.5, 1.5, -3]])
