@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moecule.budget import Inventory, bytes_by_part, format_size, parse_size, within
-from moecule.drop import Dropping, Kept, fates_of, parse_share
+from moecule.drop import Dropping, Kept, Spread, fates_of, parse_share
 from moecule.errors import RecipeError
 from moecule.method import load_method
 from moecule.narrow import Narrowing
@@ -123,12 +123,25 @@ def _going(
         wide = {i: (e.n, e.down[1]) for i, e in inventory.experts.items()}
         return Narrowing.of(_blank(wide), inventory, options)
     blank = _blank({i: (e.n,) for i, e in inventory.experts.items()})
+    if recipe.choose is not None:
+        return _choosing(recipe.choose, ask, inventory, blank, stats)
     if recipe.score is None:
         return Dropping(blank, inventory)
     method, options = load_method(recipe.score.method, "score"), recipe.score.options
     assert method.score is not None  # as above
     scores = blank if stats is None else dict(method.score(stats, options))
     return Dropping(scores, inventory, getattr(options, "budget", "layer"), ask.clamp)
+
+
+def _choosing(
+    part: Part, ask: Ask, inventory: Inventory, blank: Mapping[int, Tensor], stats: Stats | None
+) -> Dropping:
+    """As `_going`, where sets of experts are chosen."""
+    choose = load_method(part.method, "choose").choose
+    assert choose is not None  # load_method saw to it
+    spread: Spread = getattr(part.options, "budget", "layer")
+    by_set = None if stats is None else lambda room: choose(stats, room, part.options)
+    return Dropping(blank, inventory, spread, ask.clamp, by_set, part="choose")
 
 
 def _check_bits(recipe: Recipe, ask: Ask, going: Going, share: float) -> None:

@@ -17,9 +17,10 @@ from moecule.method import load_all
 from moecule.recipe import load_recipe, recipe_names
 
 MEASURED = Path(__file__).parent / "measured.json"
-PARTS = ("score", "channels", "allocate", "encode", "thresholds")
+PARTS = ("score", "choose", "channels", "allocate", "encode", "thresholds")
 DOES = {
     "score": "drops experts",
+    "choose": "drops experts",
     "channels": "drops channels",
     "allocate": "gives bits",
     "encode": "rounds",
@@ -54,7 +55,10 @@ def listing() -> list[Listed]:
     using: dict[str, list[str]] = {}
     for name in recipe_names():
         recipe = load_recipe(name)
-        parts = (recipe.score, recipe.channels, recipe.allocate, recipe.encode, recipe.skip)
+        parts = (
+            *(recipe.score, recipe.choose, recipe.channels),
+            *(recipe.allocate, recipe.encode, recipe.skip),
+        )
         for used in dict.fromkeys(p.method for p in parts if p is not None):
             using.setdefault(used, []).append(name)
     costs = [Measured(**doc) for doc in json.loads(MEASURED.read_text())]
@@ -80,7 +84,7 @@ def listing() -> list[Listed]:
 def _is_of(cost: Measured, method: str) -> bool:
     """Whether it is the cost of what this method decides: what to drop, or else how many bits."""
     recipe = load_recipe(cost.recipe)
-    return (recipe.score or recipe.channels or recipe.allocate).method == method
+    return (recipe.score or recipe.choose or recipe.channels or recipe.allocate).method == method
 
 
 def rows(found: Sequence[Listed]) -> list[tuple[str, ...]]:

@@ -11,12 +11,14 @@ from typing import Any
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from moecule.drop import Kept, Room
 from moecule.errors import RecipeError
 from moecule.packed import Packed
 from moecule.stats import Statistic, Stats
 
 # what the functions below take as `options` is an instance of the method's own Options
 Score = Callable[[Stats, Any], Mapping[int, Float64[Tensor, " E"]]]
+Choose = Callable[[Stats, Room, Any], Kept]
 Channels = Callable[[Stats, Any], Mapping[int, Float64[Tensor, "E F"]]]
 Allocate = Callable[[Stats, float, Any], Mapping[int, tuple[int, ...]]]
 Encode = Callable[
@@ -35,6 +37,9 @@ class Method:
     needs: Callable[[Any], tuple[Statistic, ...]] = lambda options: ()
     score: Score | None = (
         None  # (stats, options) -> {layer: of each expert}; the lowest are dropped
+    )
+    choose: Choose | None = (
+        None  # (stats, how many stay, options) -> {layer: who stays}, no number being enough
     )
     channels: Channels | None = (
         None  # (stats, options) -> {layer: of each channel}; the lowest of the experts go

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moecule.errors import DataError
-from moecule.experts import Expert
+from moecule.experts import Expert, Experts
 from moecule.files import parse_json, save_whole, write_text
 
 BINS = 256  # of every histogram over [0, 1]
@@ -72,11 +72,23 @@ class LayerSeen:
     out: Float[Tensor, "T H"]  # its output, residual included
 
 
+@dataclass(frozen=True)
+class Block:
+    """A layer's router and routed experts, once all batches have passed."""
+
+    experts: Experts
+    rows: Float64[Tensor, "E N"]  # what the router holds of each expert
+    groups: int  # that the router picks among first; 1 where it does not
+    sums: Mapping[str, Tensor]  # of the layer, by the other statistics' names
+    # of a sample of the text, were these experts alone left: the squared change of the routed output
+    error: Callable[[Sequence[int]], float]
+
+
 @dataclass(frozen=True, eq=False)
 class Statistic:
     """A named sum over the tokens of an expert, or of a layer. stats/ knows it by its name.
 
-    One of the four functions is given; each says what one batch adds.
+    One of the five functions is given; each says what one batch adds, but for `of_block`.
     """
 
     name: str
@@ -87,6 +99,8 @@ class Statistic:
     of_router: Callable[[Routed], Tensor] | None = (
         None  # -> [E, ...], of tokens routed elsewhere too
     )
+    # -> what is made of the whole layer at the end; the same in every process, so not added up
+    of_block: Callable[[Block], Tensor] | None = None
     backward: bool = False  # reads Seen.grad
     turned: bool = False  # reads Seen.turn
     greatest: bool = False  # of two batches the greater number is kept, not the sum
