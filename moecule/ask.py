@@ -135,6 +135,8 @@ def _going(
         wide = {i: (e.n, e.down[1]) for i, e in inventory.experts.items()}
         return Narrowing.of(_blank(wide), inventory, options)
     blank = _blank({i: (e.n,) for i, e in inventory.experts.items()})
+    if recipe.choose is not None:
+        return _choosing(recipe.choose, ask, inventory, blank, stats)
     if recipe.score is None:
         return Dropping(blank, inventory)
     method, options = load_method(recipe.score.method, "score"), recipe.score.options
@@ -144,7 +146,7 @@ def _going(
     if recipe.cluster is None:
         return Dropping(scores, inventory, spread, ask.clamp)
     clusters = None if stats is None else _clusters(recipe, recipe.cluster, stats, scores)
-    return Merging(scores, inventory, spread, ask.clamp, clusters)
+    return Merging(scores, inventory, spread, ask.clamp, cluster=clusters)
 
 
 def _clusters(recipe: Recipe, part: Part, stats: Stats, scores: Mapping[int, Tensor]) -> Cluster:
@@ -157,6 +159,17 @@ def _clusters(recipe: Recipe, part: Part, stats: Stats, scores: Mapping[int, Ten
         return of(select(stats[layer], read, ids), scores[layer][list(ids)], n, part.options)
 
     return made
+
+
+def _choosing(
+    part: Part, ask: Ask, inventory: Inventory, blank: Mapping[int, Tensor], stats: Stats | None
+) -> Dropping:
+    """As `_going`, where sets of experts are chosen."""
+    choose = load_method(part.method, "choose").choose
+    assert choose is not None  # load_method saw to it
+    spread: Spread = getattr(part.options, "budget", "layer")
+    by_set = None if stats is None else lambda room: choose(stats, room, part.options)
+    return Dropping(blank, inventory, spread, ask.clamp, by_set, part="choose")
 
 
 def _check_bits(recipe: Recipe, ask: Ask, going: Going, share: float) -> None:

@@ -16,6 +16,7 @@ from moecule.hf import Streamed
 from moecule.journal import NO_TRAIL, Trail
 from moecule.moe import Heard, Moe, experts_of, listening
 from moecule.stats import LayerSeen, Routed, Seen, Statistic
+from moecule.subset import Calls, block_of, recalling
 from moecule.walk import Tick, Walked, walk, walk_back
 
 Sums = dict[str, Tensor]  # by the statistic's name: [E, ...] of experts, [...] of the layer
@@ -48,6 +49,7 @@ def collect(
     noted when the next one is asked for. Raises CheckpointError where activations are not finite.
     """
     backward, turned = (any(getattr(s, of) for s in needs) for of in ("backward", "turned"))
+    whole = any(s.of_block for s in needs)
     up = walk(streamed, batches, tick, trail, keep=backward)
     while True:
         try:
@@ -59,11 +61,12 @@ def collect(
         if moe is None or backward:
             continue
         count = LayerCount(step.index, needs)
-        with listening(moe, trail.aside, turned=turned) as heard:
+        with listening(moe, trail.aside, turned=turned) as heard, recalling(moe, whole) as calls:
             for x, out in step.passes():
                 count.add(x, out)
         sums = count.sums | expert_sums(streamed, moe, heard, needs)
-        yield step.index, _added_up(streamed, sums, needs)
+        added = _added_up(streamed, sums, needs)
+        yield step.index, added | block_sums(streamed, moe, heard, calls, needs, added)
     if not backward:
         return
     for back in walk_back(streamed, walked, batches, tick, trail):
@@ -73,13 +76,14 @@ def collect(
                 pass
             continue
         count, grads = LayerCount(back.index, needs), []
-        with listening(moe, trail.aside, turned=turned) as heard:
+        with listening(moe, trail.aside, turned=turned) as heard, recalling(moe, whole) as calls:
             for x, out, grad in back.passes(heard.live):
                 assert grad is not None  # the experts were heard
                 count.add(x, out)
                 grads.append(heard.keep(grad))
         sums = expert_sums(streamed, moe, heard, needs, grads)
-        yield back.index, _added_up(streamed, count.sums | sums, needs)
+        added = _added_up(streamed, count.sums | sums, needs)
+        yield back.index, added | block_sums(streamed, moe, heard, calls, needs, added)
 
 
 def _added_up(streamed: Streamed, sums: Sums, needs: Sequence[Statistic]) -> Sums:
@@ -164,6 +168,26 @@ def router_sums(streamed: Streamed, moe: Moe, heard: Heard, needs: Sequence[Stat
                 more = s.of_router(seen)
             _put(sums, s, more.double().cpu())
     return sums
+
+
+@torch.no_grad()
+def block_sums(
+    streamed: Streamed,
+    moe: Moe,
+    heard: Heard,
+    calls: Calls,
+    needs: Sequence[Statistic],
+    sums: Sums,
+) -> Sums:
+    """What is made of the layer as a whole; `sums` are all others, `calls` what `recalling` noted."""
+    wanted = [s for s in needs if s.of_block is not None]
+    if not wanted:
+        return {}
+    block, found = block_of(streamed, moe, heard, calls, sums), Sums()
+    for s in wanted:
+        assert s.of_block is not None
+        found[s.name] = s.of_block(block).double().cpu()
+    return found
 
 
 def _of(statistic: Statistic, expert: Expert) -> Callable[[Seen], Tensor]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from jaxtyping import Float64
@@ -23,6 +23,7 @@ from moecule.plan import Drop, Keep
 
 Spread = Literal["layer", "model"]
 Kept = Mapping[int, tuple[int, ...]]  # by layer: the experts that stay, rising
+Choose = Callable[["Room"], Kept]  # which stay, where that is no matter of a number each
 IN_GROUP = 2  # experts that a group must keep: some routers score a group by its best two
 
 
@@ -44,6 +45,16 @@ def n_left(e: LayerExperts, share: float) -> int:
     return e.n - e.groups * int(share * (e.n // e.groups) + 1e-9)
 
 
+@dataclass(frozen=True)
+class Room:
+    """How many experts are to stay, by layer: so many in every group, or together over all layers."""
+
+    left: Mapping[int, int]  # of each layer, as many in each of its router's groups
+    groups: Mapping[int, int]  # of its router; 1 where it picks experts at once
+    total: int | None = None  # of all layers together, instead of `left`
+    least: Mapping[int, int] = field(default_factory=dict)  # that a layer must keep then
+
+
 def _reach(e: LayerExperts, left: int) -> int:
     """Experts that the router can still pick for a token, of `left` a layer."""
     return min(e.top_k, e.top_groups * (left // e.groups))
@@ -57,9 +68,13 @@ class Dropping:
     inventory: Inventory
     spread: Spread = "layer"
     clamp: bool = False  # where fewer stay than the router picks, let it pick fewer
+    choose: Choose | None = None  # instead of the scores
+    part: str = "score"  # of a recipe, that says which go
 
     def kept(self, share: float) -> dict[int, tuple[int, ...]]:
         """The experts that stay when `share` of them goes, those of the lowest scores first."""
+        if self.choose is not None and share > 0:
+            return dict(self.choose(self._room(share)))
         if self.spread == "model" and share > 0:
             return self._of_model(share)
         out = {}
@@ -71,6 +86,15 @@ class Dropping:
                 kept += sorted(ids, key=lambda j: (-of[j], j))[:left]
             out[i] = tuple(sorted(kept))
         return out
+
+    def _room(self, share: float) -> Room:
+        experts = self.inventory.experts
+        left = {i: n_left(e, share) for i, e in experts.items()}
+        groups = {i: e.groups for i, e in experts.items()}
+        if self.spread == "layer":
+            return Room(left, groups)
+        total = sum(e.n for e in experts.values()) - self._going(share)
+        return Room(left, groups, total, {i: e.top_k for i, e in experts.items()})
 
     def _of_model(self, share: float) -> dict[int, tuple[int, ...]]:
         """As `kept`; a layer keeps what its router picks for a token, at least."""
@@ -120,7 +144,7 @@ class Dropping:
             if any(e.groups > 1 for e in layers):
                 raise RecipeError(
                     f"{asked}, over all layers at once, and this model's router picks among groups that "
-                    "must keep as many each; set score.budget=layer"
+                    f"must keep as many each; set {self.part}.budget=layer"
                 )
             most = sum(e.n - e.top_k for e in layers)
             if not 0 < self._going(share) <= most:

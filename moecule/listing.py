@@ -17,9 +17,12 @@ from moecule.method import load_all
 from moecule.recipe import load_recipe, recipe_names
 
 MEASURED = Path(__file__).parent / "measured.json"
-PARTS = ("score", "channels", "cluster", "merge", "recombine", "allocate", "encode", "thresholds")
+PARTS = (
+    "score", "choose", "channels", "cluster", "merge", "recombine", "allocate", "encode", "thresholds",
+)  # fmt: skip
 DOES = {
     "score": "drops experts",
+    "choose": "drops experts",
     "channels": "drops channels",
     "cluster": "says who merges",
     "merge": "merges experts",
@@ -58,7 +61,7 @@ def listing() -> list[Listed]:
     for name in recipe_names():
         recipe = load_recipe(name)
         parts = (
-            *(recipe.score, recipe.channels, recipe.cluster, recipe.merge),
+            *(recipe.score, recipe.choose, recipe.channels, recipe.cluster, recipe.merge),
             *(recipe.allocate, recipe.encode, recipe.skip),
         )
         for used in dict.fromkeys(p.method for p in parts if p is not None):
@@ -86,7 +89,8 @@ def listing() -> list[Listed]:
 def _is_of(cost: Measured, method: str) -> bool:
     """Whether it is the cost of what this method decides: what to drop, or else how many bits."""
     recipe = load_recipe(cost.recipe)
-    return (recipe.merge or recipe.score or recipe.channels or recipe.allocate).method == method
+    decides = recipe.merge or recipe.score or recipe.choose or recipe.channels or recipe.allocate
+    return decides.method == method
 
 
 def rows(found: Sequence[Listed]) -> list[tuple[str, ...]]:

@@ -11,6 +11,7 @@ from typing import Any
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from moecule.drop import Kept, Room
 from moecule.errors import RecipeError
 from moecule.experts import Expert
 from moecule.group import Group, Recombined
@@ -19,6 +20,7 @@ from moecule.stats import LayerStats, Statistic, Stats
 
 # what the functions below take as `options` is an instance of the method's own Options
 Score = Callable[[Stats, Any], Mapping[int, Float64[Tensor, " E"]]]
+Choose = Callable[[Stats, Room, Any], Kept]
 Channels = Callable[[Stats, Any], Mapping[int, Float64[Tensor, "E F"]]]
 Cluster = Callable[[LayerStats, Float64[Tensor, " E"], int, Any], Sequence[int]]
 Join = Callable[[Group, Any], Expert]
@@ -40,6 +42,9 @@ class Method:
     needs: Callable[[Any], tuple[Statistic, ...]] = lambda options: ()
     score: Score | None = (
         None  # (stats, options) -> {layer: of each expert}; the lowest are dropped
+    )
+    choose: Choose | None = (
+        None  # (stats, how many stay, options) -> {layer: who stays}, no number being enough
     )
     channels: Channels | None = (
         None  # (stats, options) -> {layer: of each channel}; the lowest of the experts go

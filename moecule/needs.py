@@ -22,6 +22,7 @@ from moecule.recipe import Recipe
 from moecule.session import Compute, state_bytes
 from moecule.states import Place, choose_place
 from moecule.stats import Seen, Statistic
+from moecule.subset import SAMPLE, SAMPLE_BYTES
 from moecule.writer import SINGLE_BYTES
 
 RUNTIME_BYTES = 450 * 10**6  # Python, torch, transformers, and what their kernels keep
@@ -57,6 +58,7 @@ class Work:
     backward: bool
     trials: float  # passes through an expert of each of its tokens, besides the layer's own
     wants_gram: bool
+    searched: bool  # whether sets of experts are tried on a sample of the tokens
 
     @property
     def copies(self) -> int:
@@ -118,6 +120,7 @@ def work_of(streamed: Streamed, inventory: Inventory, recipe: Recipe) -> Work:
         eager_attention=config._attn_implementation == "eager",
         backward=any(s.backward for s in needs),
         trials=passes_of(needs),
+        searched=any(s.of_block for s in needs),
         wants_gram=recipe.rounds and load_method(recipe.encode.method, "encode").wants_gram,
     )
 
@@ -222,6 +225,7 @@ def _moments(work: Work, out_bytes: int, chunk: int, read: int) -> Moments:
     trials = widths * (e.weights + largest) * item + (10 * largest * 4 if widths else 0)
     seen = share * ((5 * hidden + rows + 3 * wide) * item + 32 * hidden)
     seen += widths * share * (rows + wide + 2 * hidden) * item
+    sampled = min(SAMPLE_BYTES, 8 * SAMPLE * e.n * (e.n + hidden))
     return {
         "load": {
             **layer,
@@ -236,6 +240,7 @@ def _moments(work: Work, out_bytes: int, chunk: int, read: int) -> Moments:
             **layer, **ahead, **states, ("what the block heard", "heard"): heard + said,
             ("what is counted of each pair", "device"): 24 * work.tokens * work.top_k,
             ("trials of one expert", "device"): trials + seen,
+            **({("a sample through all experts", "device"): sampled} if work.searched else {}),
         },
         "loss": {
             **layer, **states,

@@ -65,6 +65,7 @@ class Recipe:
     rest: Mapping[str, Keep] = field(default_factory=dict)
     skip: Part | None = None
     score: Part | None = None  # says which experts to drop
+    choose: Part | None = None  # the same, by sets of them
     channels: Part | None = None  # says which channels of the experts to drop
     cluster: Part | None = None  # says which experts become one, instead of being dropped
     merge: Part | None = None  # makes one of them
@@ -76,6 +77,7 @@ class Recipe:
         """The statistics that its methods read, each once."""
         parts = {
             "score": self.score,
+            "choose": self.choose,
             "channels": self.channels,
             "cluster": self.cluster,
             "allocate": self.allocate,
@@ -92,13 +94,13 @@ class Recipe:
 
         If it drops experts also what all others that do need, so that they can be compared.
         """
-        others = () if self.score is None else DROPPING
+        others = () if self.score is None and self.choose is None else DROPPING
         return tuple(dict.fromkeys((COUNT, *self.needs(), *others)))
 
     @property
     def drops(self) -> bool:
         """Whether it says which experts, or which channels of them, go."""
-        return self.score is not None or self.channels is not None
+        return any(part is not None for part in (self.score, self.choose, self.channels))
 
     @property
     def rounds(self) -> bool:
@@ -190,7 +192,8 @@ def load_recipe(name: str | Path, changes: Mapping[str, Any] | None = None) -> R
 
 def _recipe(path: Path, doc: dict[str, Any]) -> Recipe:
     known = {"about", "paper", "group", "bits", "drop", "data", "allocate", "encode", "rest"}
-    _refuse_unknown(str(path), doc, known | {"score", "channels", "skip", "refit", *MERGING})
+    able_to = {"score", "choose", "channels", "skip", "refit", *MERGING}
+    _refuse_unknown(str(path), doc, known | able_to)
     for key in ("allocate", "encode"):
         if not isinstance(doc.get(key), dict):
             raise RecipeError(f"{path}: there is no [{key}] table; it must name a method")
@@ -198,9 +201,11 @@ def _recipe(path: Path, doc: dict[str, Any]) -> Recipe:
     if not 1 <= group < 10**9:
         raise RecipeError(f"{path}: group = {group}, wanted 1 column or more")
     drop = _value(float, doc.get("drop", 0.0), f"{path}: drop")
-    able = [key for key in ("score", "channels") if key in doc]
+    able = [key for key in ("score", "choose", "channels") if key in doc]
     if len(able) > 1:
-        raise RecipeError(f"{path}: both [score] and [channels]; one recipe drops one or the other")
+        raise RecipeError(
+            f"{path}: both [{able[0]}] and [{able[1]}]; one recipe drops one or the other"
+        )
     if not 0 <= drop < 1 or (drop and not able):
         wanted = "a share of the experts, from 0 to 1" if able else "a [score] table with it"
         raise RecipeError(f"{path}: drop = {drop:g}, wanted {wanted}")

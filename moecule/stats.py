@@ -72,11 +72,23 @@ class LayerSeen:
     out: Float[Tensor, "T H"]  # its output, residual included
 
 
+@dataclass(frozen=True)
+class Block:
+    """A layer's router and routed experts, once all batches have passed."""
+
+    experts: Experts
+    rows: Float64[Tensor, "E N"]  # what the router holds of each expert
+    groups: int  # that the router picks among first; 1 where it does not
+    sums: Mapping[str, Tensor]  # of the layer, by the other statistics' names
+    # of a sample of the text, were these experts alone left: the squared change of the routed output
+    error: Callable[[Sequence[int]], float]
+
+
 @dataclass(frozen=True, eq=False)
 class Statistic:
     """A named sum over the tokens of an expert, or of a layer. stats/ knows it by its name.
 
-    One of the five functions is given; each says what one batch adds.
+    One of the six functions is given; each says what one batch adds, but for `of_block`.
     """
 
     name: str
@@ -89,6 +101,8 @@ class Statistic:
     )
     # experts -> (inputs of all tokens, their routing) -> [E, ...]: every expert is run on every token
     of_experts: Callable[[Experts], Callable[[Tensor, Routed], Tensor]] | None = None
+    # -> what is made of the whole layer at the end; the same in every process, so not added up
+    of_block: Callable[[Block], Tensor] | None = None
     pairs: bool = False  # [E, E], of every two experts
     backward: bool = False  # reads Seen.grad
     turned: bool = False  # reads Seen.turn
@@ -140,10 +154,10 @@ Stats = Mapping[int, LayerStats]  # by layer
 
 
 def select(sums: LayerStats, read: Iterable[Statistic], ids: Sequence[int]) -> dict[str, Tensor]:
-    """The sums of a layer that `read` names, of the experts `ids` alone."""
+    """The sums of a layer that `read` names, of the experts `ids` alone; none of whole layers' sets."""
     at, out = list(ids), dict[str, Tensor]()
     for s in read:
-        if s.name in sums:
+        if s.name in sums and s.of_block is None:
             of = sums[s.name]
             of = of if s.of_layer is not None else of[at]
             out[s.name] = of[:, at] if s.pairs else of

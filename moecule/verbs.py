@@ -207,6 +207,7 @@ def plan(
         made_by={
             "recipe": chosen.name,
             **({"score": chosen.score.as_dict()} if chosen.score else {}),
+            **({"choose": chosen.choose.as_dict()} if chosen.choose else {}),
             **({"channels": chosen.channels.as_dict()} if chosen.channels else {}),
             **({"cluster": chosen.cluster.as_dict()} if chosen.cluster else {}),
             "allocate": chosen.allocate.as_dict(),

@@ -100,7 +100,7 @@ def test_a_methods_statistics_have_names_of_their_own(name):
     method = load_all()[name]
     needs = method.needs(method.options())
     assert len({s.name for s in needs}) == len(needs)
-    kinds = [(s.of, s.of_layer, s.of_expert, s.of_router, s.of_experts) for s in needs]
+    kinds = [(s.of, s.of_layer, s.of_expert, s.of_router, s.of_experts, s.of_block) for s in needs]
     assert all(sum(f is not None for f in given) == 1 for given in kinds)
 
 
@@ -108,8 +108,8 @@ def test_every_statistic_of_one_name_is_one_function():
     found = {}
     for method in load_all().values():
         for s in method.needs(method.options()):
-            of = s.of or s.of_layer or s.of_expert or s.of_router or s.of_experts
-            code = inspect.getsource(of)
+            given = s.of or s.of_layer or s.of_expert or s.of_router or s.of_experts or s.of_block
+            code = inspect.getsource(given)
             assert found.setdefault(s.name, code) == code
 
 

@@ -90,7 +90,7 @@ def table(model: Model, kind: str, budgets: Sequence[object], middle: object) ->
         sizes = [
             r["expert_bytes"] / 1e6 for r in model.rows if (r["kind"], r["budget"]) == (kind, b)
         ]
-        low, high = f"{min(sizes):.2f}", f"{max(sizes):.2f}"
+        low, high = (f"{f(sizes):.2f}" if sizes else "" for f in (min, max))
         ranges.append(low if low == high else f"{low} to {high}")
     return [*lines, f"| *experts, MB* | {' | '.join([*ranges, *([''] * len(more))])} |", ""]
 
@@ -165,7 +165,11 @@ def measured(models: Sequence[Model]) -> list[dict[str, Any]]:
         for name in sorted(
             dict.fromkeys(r["name"] for m in models for r in m.rows if r["kind"] == kind)
         ):
-            if "," in name or (budget == 3.0 and models[0].of(kind, name, 2.5)):
+            if (
+                "," in name
+                or not models[0].of(kind, name, budget)
+                or (budget == 3.0 and models[0].of(kind, name, 2.5))
+            ):
                 continue
             nats = {
                 m.whole["model"]: round(float(np.mean([added(r, m.whole)[0] for r in of])), 4)
