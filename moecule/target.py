@@ -61,8 +61,11 @@ def steered(recipe: Recipe, name: str) -> tuple[Recipe, dict[str, Any]]:
             f"recipe {recipe.name} rounds {rounded[0]}, and {name} loads 16 bits only: {target.rounding}; "
             f"--set rest.{rounded[0]}=16, or leave out --target"
         )
-    if recipe.score is not None and getattr(recipe.score.options, "budget", "layer") != "layer":
-        changes["score.budget"] = "layer"
+    for table, part in (("score", recipe.score), ("choose", recipe.choose)):
+        if part is not None and getattr(part.options, "budget", "layer") != "layer":
+            changes[f"{table}.budget"] = "layer"
+    if recipe.merge is not None and recipe.into.router == "alias":
+        changes["merge.router"] = "rows"
     if recipe.channels is not None:
         options = recipe.channels.options
         if options.budget != "expert":
@@ -75,6 +78,9 @@ def steered(recipe: Recipe, name: str) -> tuple[Recipe, dict[str, Any]]:
 def _changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
     for key, value in changes.items():
         table, _, option = key.partition(".")
+        if table == "merge":  # how is the method's, into what is the recipe's
+            recipe = replace(recipe, into=replace(recipe.into, **{option: value}))
+            continue
         part: Part = getattr(recipe, table)
         made: Any = {table: replace(part, options=replace(part.options, **{option: value}))}
         recipe = replace(recipe, **made)
@@ -96,6 +102,11 @@ def check_plan(plan: Plan, name: str) -> None:
     """Raise RecipeError for a plan that makes what the target does not load."""
     target = target_of(name)
     kept = {sum(isinstance(f, Keep) for f in fates) for fates in plan.layers.values()}
+    if plan.aliased:
+        raise RecipeError(
+            f"routers would keep rows of experts that are no more, which {name} does not load; set "
+            "merge.router=rows"
+        )
     if not plan.leaves_experts:
         raise RecipeError(
             f"experts would be rounded, and {name} loads 16 bits only: {target.rounding}; give --drop, "

@@ -38,6 +38,8 @@ def wider(channels: int, *numbers: int) -> Inventory:
         ("vllm", load_recipe("heapr", ONE | {"channels.multiple": 128}), {}),
         ("vllm", load_recipe("seer", {"score.budget": "model"}), {"score.budget": "layer"}),
         ("gguf", load_recipe("reap"), {}),
+        ("gguf", load_recipe("stun", {"choose.budget": "model"}), {"choose.budget": "layer"}),
+        ("vllm", load_recipe("hc_smoe"), {}),
     ],
 )  # fmt: skip
 def test_a_recipe_is_steered_to_what_the_target_loads(target, recipe, changes):
@@ -47,6 +49,12 @@ def test_a_recipe_is_steered_to_what_the_target_loads(target, recipe, changes):
         table, _, option = key.partition(".")
         assert getattr(getattr(made, table).options, option) == value
     assert steered(made, target) == (made, {})
+
+
+def test_routers_keep_no_rows_of_what_is_merged():
+    aliasing = load_recipe("hc_smoe", {"merge.router": "alias"})
+    made, found = steered(aliasing, "vllm")
+    assert found == {"merge.router": "rows"} and made == load_recipe("hc_smoe")
 
 
 @pytest.mark.parametrize("target", TARGETS)
