@@ -1,6 +1,6 @@
 """The methods as a table: what each does, its paper, its recipes, and what it was measured to cost.
 
-measured.json beside this file is written by experiments (experiments/drop/measure.py); what was not
+measured.json beside this file is written by experiments (experiments/equal_bytes/tables.py); what was not
 measured is not in it, and its cell is empty.
 """
 
