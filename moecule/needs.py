@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moecule.budget import Inventory, LayerExperts
 from moecule.data import window_length
-from moecule.experts import Expert
+from moecule.experts import Expert, Experts
 from moecule.hf import Streamed
 from moecule.method import load_method
 from moecule.moe import find_moe
@@ -21,7 +21,7 @@ from moecule.pack import DEVICE_SHARE, HOST_CHUNK_BYTES
 from moecule.recipe import Recipe
 from moecule.session import Compute, state_bytes
 from moecule.states import Place, choose_place
-from moecule.stats import Seen, Statistic
+from moecule.stats import Routed, Seen, Statistic
 from moecule.subset import SAMPLE, SAMPLE_BYTES
 from moecule.writer import SINGLE_BYTES
 
@@ -119,23 +119,33 @@ def work_of(streamed: Streamed, inventory: Inventory, recipe: Recipe) -> Work:
         heads=config.num_attention_heads,
         eager_attention=config._attn_implementation == "eager",
         backward=any(s.backward for s in needs),
-        trials=passes_of(needs),
+        trials=passes_of(needs, max(m.experts.num_experts / m.top_k for m in moes)),
         searched=any(s.of_block for s in needs),
         wants_gram=recipe.rounds and load_method(recipe.encode.method, "encode").wants_gram,
     )
 
 
-def passes_of(statistics: Sequence[Statistic]) -> float:
-    """How often a token goes through its expert for them: their products on a toy, counted."""
+def passes_of(statistics: Sequence[Statistic], others: float = 1.0) -> float:
+    """How often a token goes through its expert for them: their products on a toy, counted.
+
+    `others`: experts of a layer, for each that a token gets; some statistics run all.
+    """
     seen = toy_seen()
+    e, blank = seen.expert, seen.x[:, :1]
+    one = Experts(e.gate_up[None], e.down[None], e.gate)
+    dense = [s.of_experts(one) for s in statistics if s.of_experts is not None]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         for s in statistics:
             if s.of is not None:
                 s.of(seen)
             elif s.of_expert is not None:
                 s.of_expert(seen.expert)(seen)
-    weights = seen.expert.gate_up.numel() + seen.expert.down.numel()
-    return float(counter.get_total_flops()) / (2 * len(seen.x) * weights)
+    flop = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for of in dense:
+            of(seen.x, Routed(blank, blank, seen.rank[:, None], blank))
+    weights = e.gate_up.numel() + e.down.numel()
+    return float(flop + others * counter.get_total_flops()) / (2 * len(seen.x) * weights)
 
 
 def toy_seen() -> Seen:

@@ -118,6 +118,14 @@ class Recipe:
             return None
         return Merges(self.merge.as_dict(), self.into.router, weights)
 
+    def joining(self) -> dict[str, Any]:
+        """For the plan: how experts become one, and that those that stay are fitted."""
+        parts = {"cluster": self.cluster, "merge": self.merge}
+        found: dict[str, Any] = {n: part.as_dict() for n, part in parts.items() if part is not None}
+        if self.merge is not None:
+            found["merge"] |= dataclasses.asdict(self.into)
+        return found | ({"refit": True} if self.refit else {})
+
     def even(self, inventory: Inventory, bits: float) -> Plan:
         """A plan that gives all experts the widths of `even_widths`."""
         widths = self.even_widths({i: e.n for i, e in inventory.experts.items()}, bits)

@@ -209,7 +209,7 @@ def plan(
             **({"score": chosen.score.as_dict()} if chosen.score else {}),
             **({"choose": chosen.choose.as_dict()} if chosen.choose else {}),
             **({"channels": chosen.channels.as_dict()} if chosen.channels else {}),
-            **({"cluster": chosen.cluster.as_dict()} if chosen.cluster else {}),
+            **chosen.joining(),
             "allocate": chosen.allocate.as_dict(),
             "encode": chosen.encode.as_dict(),
             "rest": {part: str(keep) for part, keep in chosen.rest.items()},

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from test_drop import LOGITS, layer, made_of
+from test_cli import SMALL, calibrated, run
+from test_drop import LOGITS, few_tokens, layer, made_of
 from torch import Tensor
 
 from moecule.ask import Ask, decide, foresee, price
+from moecule.budget import Inventory
 from moecule.calibrate import collect
 from moecule.checkpoint import Checkpoint
 from moecule.errors import PlanError, RecipeError
@@ -323,7 +327,7 @@ def counted(checkpoint):
     return of
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["deepseek_v3", pytest.param("gpt_oss", marks=pytest.mark.slow)])
 def test_permuting_a_models_experts_permutes_who_goes_into_whom(
     name, checkpoint, tmp_path, counted
 ):
@@ -405,45 +409,45 @@ def test_an_expert_that_no_token_reached_goes_and_harms_nothing(recipe, silent, 
 # carried out
 
 
-def twins(checkpoint: Any, folder: Any, *, shuffled: bool) -> None:
-    """A model of which experts 4 to 7 compute what 0 to 3 do, routed on their own."""
-    model, family = tiny.load(checkpoint("qwen3_moe")), load_family("qwen3_moe")
-    for one in find_layers(model)[1]:
-        moe = find_moe(one, family)
-        experts = experts_of(moe.experts)
-        full = experts.down.shape[2]
-        rows = torch.arange(2 * full).view(2, full).mT
-        order = torch.randperm(full, generator=torch.Generator().manual_seed(1))
-        order = order if shuffled else torch.arange(full)
-        half = [experts[e] for e in range(4)]
-        put_experts(moe.experts, stacked([*half, *(permuted(of, rows, order) for of in half)]))
-    model.save_pretrained(folder)
+@pytest.fixture(scope="module")
+def twins(checkpoint, tmp_path_factory) -> dict[bool, Path]:
+    """Models of which experts 4 to 7 compute what 0 to 3 do; True: with channels in another order."""
+    made = {}
+    for shuffled in (False, True):
+        model, family = tiny.load(checkpoint("qwen3_moe")), load_family("qwen3_moe")
+        for one in find_layers(model)[1]:
+            moe = find_moe(one, family)
+            experts = experts_of(moe.experts)
+            full = experts.down.shape[2]
+            rows = torch.arange(2 * full).view(2, full).mT
+            order = torch.randperm(full, generator=torch.Generator().manual_seed(1))
+            order = order if shuffled else torch.arange(full)
+            half = [experts[e] for e in range(4)]
+            put_experts(moe.experts, stacked([*half, *(permuted(of, rows, order) for of in half)]))
+        made[shuffled] = tmp_path_factory.mktemp("twins")
+        model.save_pretrained(made[shuffled])
+    return made
 
 
 @pytest.mark.parametrize("recipe", CLUSTERING)
-def test_merging_experts_that_are_one_loses_nothing_with_aliases(recipe, checkpoint, tmp_path):
-    twins(checkpoint, tmp_path / "model", shuffled=recipe in ALIGNED)
-    streamed, batches = tiny.stream(tmp_path / "model"), tiny.tokens(2)
-    part = load_recipe(recipe).merge
+def test_merging_experts_that_are_one_loses_nothing_with_aliases(recipe, twins, tmp_path):
+    folder, batches = twins[recipe in ALIGNED], tiny.tokens(2)
+    streamed, part = tiny.stream(folder), load_recipe(recipe).merge
     plan = tiny.plan(streamed, lambda i, e: Keep() if e < 4 else Merge(e - 4))
     weights = {i: tuple(range(1, 9)) for i in plan.layers}
     plan = replace(plan, merge=Merges(part.as_dict(), "alias", weights))
-    tiny.write(streamed, plan, tmp_path / "out", batches)
-    was, now = tiny.load(tmp_path / "model"), tiny.load(tmp_path / "out")
-    for batch in batches:
-        torch.testing.assert_close(
-            tiny.logits(now, batch), tiny.logits(was, batch), rtol=1e-4, atol=2e-5
-        )
-    size = Checkpoint.open(tmp_path / "out").size_bytes
-    assert size == price(take_inventory(tiny.stream(tmp_path / "model")), plan)
+    done, was = tiny.write(streamed, plan, tmp_path, batches), tiny.load(folder)
+    for batch, hidden in zip(batches, done.last, strict=True):
+        with torch.no_grad():
+            now = streamed.logits(hidden, batch)
+        torch.testing.assert_close(now, tiny.logits(was, batch), rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("recipe", ["hc_smoe", "sub_moe"])
-def test_experts_of_one_output_are_found(recipe, checkpoint, tmp_path):
-    twins(checkpoint, tmp_path, shuffled=True)
-    streamed = tiny.stream(tmp_path)
-    sums, inventory = dict(collect(streamed, tiny.tokens(2), NEEDS)), take_inventory(streamed)
-    plan = decide(load_recipe(recipe), Ask(drop=0.5), sums, inventory)
+def test_experts_of_one_output_are_found(recipe, twins):
+    streamed, made = tiny.stream(twins[True]), load_recipe(recipe)
+    sums = dict(collect(streamed, tiny.tokens(), made.counted()))
+    plan = decide(made, Ask(drop=0.5), sums, take_inventory(streamed))
     for fates in plan.layers.values():
         assert all(fates[f.into] == Keep() and (f.into - e) % 4 == 0
                    for e, f in enumerate(fates) if isinstance(f, Merge))  # fmt: skip
@@ -467,7 +471,7 @@ def written(
     return done, plan
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", ["uncurl", "mergemoe", "dern"])
 def test_what_is_left_is_a_stock_checkpoint(recipe, checkpoint, tmp_path, counted):
     written(
         even(recipe), "qwen3_moe", checkpoint("qwen3_moe"), tmp_path, counted("qwen3_moe"), Ask()
@@ -641,3 +645,38 @@ def test_a_norm_after_the_experts_cannot_be_refitted(checkpoint, tmp_path):
         tiny.write(streamed, replace(plan, refit=True), tmp_path, [])
     with listening(streamed.moe(1)):
         pass
+
+
+# as users do it
+
+
+@pytest.fixture(scope="module")
+def place(checkpoint, tmp_path_factory) -> Path:
+    """model/, text.txt and stats_ream/."""
+    return calibrated(tmp_path_factory.mktemp("place"), checkpoint, ("ream",))
+
+
+@few_tokens
+def test_a_target_keeps_no_aliases_and_the_plan_says_how(place, tmp_path):
+    own = ("--recipe", "ream", "--set", "merge.router=alias", "--set", "refit=true")
+    for more, router in (((), "alias"), (("--target", "transformers"), "rows")):
+        code, out, err = run("plan", place / "stats_ream", "-o", tmp_path / "p", *own, *more)
+        assert code == 0 and "6 experts dropped, " in out, err
+        plan = Plan.loads((tmp_path / "p").read_text())
+        assert plan.refit and plan.merge.router == router and plan.aliased == (not more)
+        merge = {"method": "ream", "most": 16, "components": 64, "router": router, "weigh": "score"}
+        assert plan.made_by["merge"] == merge and plan.made_by["refit"]
+    assert plan.made_by["for_target"] == {"merge.router": "rows"}
+
+
+@few_tokens
+def test_what_is_merged_is_written_and_weighs_what_was_foreseen(place, here):
+    args = ("--recipe", "ream", "--set", "merge.router=alias", "--drop", "50%", "--bits", "4")
+    run("plan", here / "stats_ream", "-o", here / "p", *args)
+    text = ("--data", here / "text.txt", *SMALL)
+    code, _, err = run("apply", place / "model", here / "p", "-o", here / "out", *text)
+    assert code == 0, err
+    meta = json.loads((here / "stats_ream" / "meta.json").read_text())
+    inventory = Inventory.from_dict(meta["inventory"])
+    size = price(inventory, Plan.loads((here / "p").read_text()))
+    assert Checkpoint.open(here / "out").size_bytes == size

@@ -57,12 +57,17 @@ PLAIN = {f"rest.{part}": 16 for part in ("attention", "shared", "dense", "router
     "group": GROUP
 }
 REPEATED = ("25%", 2.5)  # budgets measured for every seed
+MERGING = ("hc_smoe", "m_smoe", "mergemoe", "ream", "sub_moe", "uncurl")
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "heapr, by layer": ("heapr", {"channels.budget": "layer"}),
     "heapr, one width": ("heapr", {"channels.budget": "expert"}),
     "heapr, in sum": ("heapr", {"channels.weigh": "tokens"}),
     "camera_p, one width": ("camera_p", {"channels.budget": "expert"}),
     "camera_p, over all layers": ("camera_p", {"channels.budget": "model"}),
+    **{f"{name}, refitted": (name, {"refit": True}) for name in ("reap", "zcode", "heapr", "dern")},
+    **{f"{name}, refitted": (name, {"refit": True}) for name in MERGING},
+    **{f"{name}, aliased": (name, {"merge.router": "alias"}) for name in MERGING},
+    **{f"dern, threshold {t:g}": ("dern", {"merge.threshold": t}) for t in (0.0, 0.25, 0.75, 1.0)},
 }
 BOTH = ("reap", "ean", "easy_ep", "premoe", "heapr, one width")  # rounded after they have dropped
 OF_MC = ("method", "bits", "error", "alpha", "beta", "floor", "budget", "clip")
