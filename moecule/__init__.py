@@ -19,6 +19,7 @@ from moecule.plan import Drop, Keep, Plan, Skip
 from moecule.recipe import Recipe, load_recipe
 from moecule.result import Result
 from moecule.session import Compute
+from moecule.taer import patterns
 from moecule.verbs import Ask, apply, calibrate, plan, read_plan
 
 __version__ = "0.1.0"
@@ -44,6 +45,7 @@ __all__ = [
     "generate",
     "inspect",
     "load_recipe",
+    "patterns",
     "plan",
     "read_plan",
     "set_skip",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 import random
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -110,6 +111,20 @@ def check_tokens(tokens: Int[Tensor, ...], config: Any) -> None:
             f"the tokenizer gives token {highest} and the model knows {known}; "
             "put the model's own tokenizer beside it"
         )
+
+
+def room_for(ids: Int[Tensor, "one S"], config: Any) -> int:
+    """New tokens that the model has places for after a prompt. Raises DataError where it leaves none."""
+    check_tokens(ids, config)
+    known = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if known is None:
+        return sys.maxsize
+    if ids.shape[1] >= known:
+        raise DataError(
+            f"the prompt has {ids.shape[1]} tokens, and with an answer the model knows {known}; "
+            "give a shorter one"
+        )
+    return int(known) - ids.shape[1]
 
 
 def window_length(config: Any, length: int = 0) -> int:

@@ -38,14 +38,22 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deep") from e
 
 
-def save_whole(tensors: Mapping[str, Tensor], file: Path, *, sync: bool = True) -> None:
+def save_whole(
+    tensors: Mapping[str, Tensor],
+    file: Path,
+    *,
+    sync: bool = True,
+    said: Mapping[str, str] | None = None,
+) -> None:
     """Tensors by name, in safetensors; `sync`: on the disk itself before this returns.
+
+    `said`: what the header says instead of the format; one entry, for several come in any order.
 
     Raises OutputError where they cannot be written.
     """
     partial = file.with_name(f".{file.name}.partial")
     try:
-        save_file(dict(sorted(tensors.items())), partial, metadata={"format": "pt"})
+        save_file(dict(sorted(tensors.items())), partial, metadata=dict(said or {"format": "pt"}))
         if sync:
             with partial.open("rb") as f:
                 os.fsync(f.fileno())

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Int
@@ -17,13 +16,15 @@ from transformers import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
 from moecule.budget import parse_size
-from moecule.data import check_text, check_tokens
+from moecule.data import check_text, room_for
 from moecule.errors import DataError, RecipeError
 from moecule.hf import PACKED
 from moecule.measure import device_name
 from moecule.offload import Held, Offloaded, offloaded
 from moecule.online import experts_run
+from moecule.pattern import By, Patterns
 from moecule.session import Compute, load, open_checkpoint, tokenizer_of
+from moecule.taer import Retrieved, Wanted, retrieve
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Generated:
     experts_run: float  # share of (token, expert) pairs
     device: str
     cache: Held | None = None  # of experts, after the prompt
+    retrieved: Retrieved | None = None  # by patterns
 
 
 # CUDA graphs, as transformers would; and small kernels of one step, such as every layer's count of
@@ -107,6 +109,9 @@ def generate(
     exact: bool = False,
     compiled: bool = False,
     expert_cache: str | int | None = None,
+    patterns: str | Path | None = None,
+    experts: int | None = None,
+    match: By = "spread",
     compute: Compute | None = None,
     say: Callable[[str], None] = lambda piece: None,
 ) -> Generated:
@@ -115,29 +120,29 @@ def generate(
     `exact`: as in `runtime.set_exact`. `compiled`: before the first one, transformers compiles a token's
     step, with a KV cache of fixed size; that takes a minute or two for large models. `expert_cache`:
     experts stay in host memory, and so many bytes of the GPU ("8GB") hold those used most, for compressed
-    models that do not fit. Temperature 0 takes the likeliest token. Raises DataError for a prompt that is
-    empty or too long, RecipeError for settings that cannot be.
+    models that do not fit. `patterns`: a file of `moecule.patterns`; of every layer only `experts` experts
+    are loaded, those of the task that the prompt is nearest to by `match` (pattern.py). Temperature 0 takes
+    the likeliest token. Raises DataError for a prompt that is empty or too long and for patterns of another
+    model, RecipeError for settings that cannot be.
     """
     _check(prompt, tokens, temperature, seed)
     compute = compute or Compute()
     if compiled and compute.torch_device().type != "cuda":
         raise RecipeError("--compile captures CUDA graphs, which needs a GPU; leave it out")
-    path = open_checkpoint(model).path
+    path, wanted = open_checkpoint(model).path, _wanted(patterns, experts, match, skip)
     cache_bytes = None if expert_cache is None else _cache_bytes(expert_cache, model, compute)
     tokenizer = tokenizer_of(path)
-    loaded = load(model, compute, skip=skip, exact=exact, cache_bytes=cache_bytes)
-    inputs = _inputs(tokenizer, prompt, loaded.device)
+    inputs, retrieved = _inputs(tokenizer, prompt, compute.torch_device()), None
+    if wanted is None:
+        loaded = load(model, compute, skip=skip, exact=exact, cache_bytes=cache_bytes)
+    else:
+        loaded, retrieved = retrieve(model, inputs["input_ids"], wanted, compute)
     length, cache = inputs["input_ids"].shape[1], offloaded(loaded)
     looking = [] if cache is None else [_Looking(cache, length)]
-    tokens = min(tokens, _room(inputs["input_ids"], loaded.config))
+    tokens = min(tokens, room_for(inputs["input_ids"], loaded.config))
     pieces = _Pieces(tokenizer, length, say)
     torch.manual_seed(seed)
-    how: dict[str, Any] = (
-        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    )
-    known = tokenizer.pad_token_id
-    pad = known if known is not None else tokenizer.eos_token_id
-    how |= {**inputs, "max_new_tokens": tokens, "pad_token_id": pad}
+    how = {**inputs, "max_new_tokens": tokens, **_sampling(tokenizer, temperature)}
     with torch.no_grad():
         if compiled:
             how |= {"cache_implementation": "static", "compile_config": COMPILE}
@@ -149,7 +154,33 @@ def generate(
     rate = (len(new) - 1) / seconds if len(new) > 1 else 0.0
     text = tokenizer.decode(new, skip_special_tokens=True)
     held = None if cache is None else cache.held()
-    return Generated(text, len(new), rate, experts_run(loaded), device_name(loaded.device), held)
+    ran, where = experts_run(loaded), device_name(loaded.device)
+    return Generated(text, len(new), rate, ran, where, held, retrieved)
+
+
+def _sampling(tokenizer: Any, temperature: float) -> dict[str, Any]:
+    known = tokenizer.pad_token_id
+    how = {"pad_token_id": known if known is not None else tokenizer.eos_token_id}
+    if temperature > 0:
+        return how | {"do_sample": True, "temperature": temperature}
+    return how | {"do_sample": False}
+
+
+def _wanted(
+    patterns: str | Path | None, experts: int | None, match: By, skip: bool
+) -> Wanted | None:
+    """Refused before a model is opened."""
+    if (patterns is None) != (experts is None):
+        raise RecipeError("--patterns and --experts go together; give both, or neither")
+    if match not in get_args(By):
+        raise RecipeError(f"match {match!r} is not known; wanted {' or '.join(get_args(By))}")
+    if patterns is None or experts is None:
+        return None
+    if skip:
+        raise RecipeError(
+            "--skip is of a compressed model, and --patterns of an original; leave one out"
+        )
+    return Wanted(Patterns.load(patterns), experts, match)
 
 
 def _cache_bytes(expert_cache: str | int, model: str | Path, compute: Compute) -> int:
@@ -186,17 +217,3 @@ def _check(prompt: str, tokens: int, temperature: float, seed: int) -> None:
         raise RecipeError(f"temperature {temperature:g}; wanted 0, or a number above it")
     if not 0 <= seed < 2**63:
         raise RecipeError(f"seed {seed}; wanted a whole number from 0 to 2^63 - 1")
-
-
-def _room(ids: Int[Tensor, "one S"], config: Any) -> int:
-    """New tokens that the model has places for. Raises DataError where the prompt leaves none."""
-    check_tokens(ids, config)
-    known = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if known is None:
-        return sys.maxsize
-    if ids.shape[1] >= known:
-        raise DataError(
-            f"the prompt has {ids.shape[1]} tokens, and with an answer the model knows {known}; "
-            "give a shorter one"
-        )
-    return int(known) - ids.shape[1]

@@ -107,6 +107,14 @@ class Streamed:
         _rebuild_buffers(self.model, layer, self.device)
         return layer
 
+    def load_unrouted(self, i: int) -> nn.Module:
+        """Decoder layer i but for its routed experts, which stay on meta."""
+        layer: nn.Module = self.layers[i]
+        experts = tuple(f"{self.prefix}{i}.{name}." for name, _ in experts_in(layer))
+        self.load([n for n in self.layer_names(i) if not n.startswith(experts)])
+        _rebuild_buffers(self.model, layer, self.device)
+        return layer
+
     def _on_disk(self, names: Sequence[str]) -> list[str]:
         return sorted({d for n in names for d in self.disk[n]})
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from moecule.options import (
     Bits,
+    Chosen,
     Clamp,
     Compiled,
     Context,
@@ -23,7 +24,9 @@ from moecule.options import (
     Gone,
     Json,
     Length,
+    Match,
     Model,
+    PatternsFile,
     RecipeName,
     Samples,
     Sets,
@@ -153,6 +156,9 @@ def generate(
     exact: Exact = False,
     compiled: Compiled = False,
     expert_cache: ExpertCache = None,
+    patterns: PatternsFile = None,
+    experts: Chosen = None,
+    match: Match = "spread",
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust: Trust = False,
@@ -175,6 +181,9 @@ def generate(
         exact=exact,
         compiled=compiled,
         expert_cache=expert_cache,
+        patterns=patterns,
+        experts=experts,
+        match=match,
         compute=compute_of(device, dtype, trust),
         say=write,
     )
@@ -184,5 +193,11 @@ def generate(
         line += (
             f", {100 * made.cache.share:.1f} % of the experts' uses from the expert cache "
             f"({format_size(made.cache.device_bytes)} of {format_size(made.cache.host_bytes)})"
+        )
+    if made.retrieved is not None:
+        found = made.retrieved
+        line += (
+            f", pattern {found.task}: {found.experts} of {found.of} experts a layer, "
+            f"{format_size(found.memory_bytes)} of {format_size(found.whole_bytes)}"
         )
     err_console.print(line, soft_wrap=True)

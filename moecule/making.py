@@ -14,6 +14,7 @@ from moecule.options import (
     Context,
     Data,
     Device,
+    Domains,
     Dtype,
     Fit,
     Gone,
@@ -29,6 +30,7 @@ from moecule.options import (
     Texts,
     Trust,
     compute_of,
+    domains_of,
     recipe_of,
 )
 from moecule.show import bar, print_change, print_json, say
@@ -171,3 +173,34 @@ def compress(
         return
     print_change(made.before, made.after)
     say(f"in {made.folder}; next: moecule generate {made.folder} 'Once upon a time'")
+
+
+def patterns(
+    model: Model,
+    domain: Domains,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The file of patterns.")],
+    recipe: RecipeName = "premoe",
+    set_: Sets = None,
+    samples: Samples = None,
+    length: Length = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust: Trust = False,
+) -> None:
+    """Find which experts several domains want, for generate to load those of a prompt's."""
+    from moecule.taer import patterns as run
+
+    with bar() as progress:
+        made = run(
+            model,
+            out,
+            domains_of(domain),
+            recipe=recipe_of(recipe, set_, samples, length),
+            compute=compute_of(device, dtype, trust),
+            progress=progress,
+        )
+    n = made.tasks[0].ranks.shape[1]
+    say(
+        f"{len(made.tasks)} patterns in {out}; next: moecule generate {model} 'Once upon a time' "
+        f"--patterns {out} --experts N, of {n}"
+    )

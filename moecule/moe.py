@@ -128,6 +128,25 @@ class _PickedError(Exception):
 
 
 @torch.no_grad()
+def router_logits(moe: Moe, run: Callable[[], object]) -> Float[Tensor, "T E"]:
+    """What the block's router says, before it picks, when `run` runs; which ends there."""
+    said: list[Tensor] = []
+
+    def stop(module: Any, args: Any, out: tuple[Tensor, ...]) -> None:
+        said.append(out[0].float())
+        raise _PickedError
+
+    handle = moe.router.register_forward_hook(stop)
+    try:
+        run()
+    except _PickedError:
+        pass
+    finally:
+        handle.remove()
+    return said[0]
+
+
+@torch.no_grad()
 def try_router(moe: Moe, hidden: Float[Tensor, "B S H"]) -> None:
     """Let the block pick experts, on meta too. Raises what the model raises where it cannot."""
 

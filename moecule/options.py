@@ -72,6 +72,21 @@ ExpertCache = Annotated[
 ]
 
 
+PatternsFile = Annotated[
+    Path | None,
+    typer.Option("--patterns", help="What moecule patterns made: load a task's experts alone."),
+]
+Chosen = Annotated[int | None, typer.Option("--experts", help="Of a layer, with --patterns.")]
+Match = Annotated[
+    Literal["spread", "tcess"],
+    typer.Option(help="How a prompt finds its task: ours, or the paper's."),
+]
+Domains = Annotated[
+    list[str],
+    typer.Option("--domain", help="A task and its text; may repeat.", metavar="NAME=FILE"),
+]
+
+
 def compute_of(device: str, dtype: str, trust: bool, states: Where = "auto") -> Any:
     """Where it runs, as one of the processes that torchrun started."""
     from moecule.session import Compute
@@ -97,3 +112,16 @@ def recipe_of(name: str, sets: list[str] | None, samples: int | None, length: in
     if length is not None:
         changes["data.length"] = length
     return load_recipe(name, changes)
+
+
+def domains_of(given: list[str]) -> dict[str, str]:
+    """{name: file}. Raises RecipeError for what is not NAME=FILE, and a name given twice."""
+    found: dict[str, str] = {}
+    for item in given:
+        name, _, file = item.partition("=")
+        if not name or not file:
+            raise RecipeError(f"--domain {item!r}: wanted NAME=FILE, like law=law.jsonl")
+        if name in found:
+            raise RecipeError(f"--domain {name} is given twice; put its text into one file")
+        found[name] = file
+    return found

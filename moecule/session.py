@@ -268,6 +268,14 @@ def _load_decoded(model: str | Path, compute: Compute, skip: bool) -> Any:
     streamed = stream(model, compute)
     for i in range(len(streamed.layers)):
         streamed.load_layer(i)
+    loaded = with_settings(streamed)
+    if skip:
+        online.set_skip(loaded, True)
+    return loaded
+
+
+def with_settings(streamed: Streamed) -> Any:
+    """The model, all of it loaded, with its own settings for generating. Raises CheckpointError."""
     if (streamed.checkpoint.path / "generation_config.json").is_file():
         try:
             with quiet():
@@ -276,8 +284,6 @@ def _load_decoded(model: str | Path, compute: Compute, skip: bool) -> Any:
             said = f"{streamed.checkpoint.path} has a damaged generation_config.json"
             raise CheckpointError(f"{said} ({_first_line(e)}); fetch it again") from e
         streamed.model.generation_config = found
-    if skip:
-        online.set_skip(streamed.model, True)
     return streamed.model
 
 

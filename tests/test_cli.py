@@ -33,9 +33,11 @@ OPTIONS = {
     "size states target text trust-remote-code",
     "evaluate": "against device dtype json length skip states text trust-remote-code",
     "families": "json",
-    "generate": "compile device dtype exact expert-cache seed skip temperature tokens trust-remote-code",
+    "generate": "compile device dtype exact expert-cache experts match patterns seed skip temperature "
+    "tokens trust-remote-code",
     "inspect": "bits clamp context device drop dtype fit json length recipe samples set size states time",
     "methods": "json",
+    "patterns": "device domain dtype length out recipe samples set trust-remote-code",
     "plan": "bits clamp context drop fit out recipe set size target",
 }
 
