@@ -194,8 +194,15 @@ def fates_of(
 ) -> dict[int, tuple[Keep | Drop, ...]]:
     """What becomes of every expert; `widths` and `channels` are of those that stay, in order.
 
-    A width is bits, or the bits of each piece.
+    A width is bits, or the bits of each piece. Raises RecipeError for channels that pieces do not share.
     """
+    pairs = [pair for i in widths for pair in zip(widths[i], channels[i], strict=True)]
+    for b, c in pairs:
+        if isinstance(b, tuple) and c is not None and c % len(b):
+            raise RecipeError(
+                f"{len(b)} pieces of {c} channels were asked for; drop a share that leaves a multiple of "
+                f"{len(b)}, or set allocate.pieces to a number that divides {c}"
+            )
     out: dict[int, tuple[Keep | Drop, ...]] = {}
     for i, e in sorted(inventory.experts.items()):
         keeps = [
