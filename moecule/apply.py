@@ -80,7 +80,13 @@ def check_plan(plan: Plan, streamed: Streamed) -> None:
             )
         if not plan.has_aliases(i):  # the router still picks as it did
             _check_groups(plan, streamed, i, n, kept, top_k)
-        _check_channels(plan, i, n, experts_of(moe.experts).down.shape[2])
+        experts = experts_of(moe.experts)
+        _check_channels(plan, i, n, experts.down.shape[2])
+        if experts.end is not None and any(isinstance(f, Keep) and f.pieces for f in fates):
+            raise PlanError(
+                f"plan: layer {i}: a norm ends its experts, and pieces of them do not add up; "
+                "give each expert one width"
+            )
     if plan.skip is not None and not set(plan.skip.thresholds) <= set(moes):
         raise PlanError(
             f"plan: skip names layers {sorted(plan.skip.thresholds)}, of {sorted(moes)}"
@@ -94,8 +100,14 @@ def check_plan(plan: Plan, streamed: Streamed) -> None:
 def _check_channels(plan: Plan, layer: int, n: int, full: int) -> None:
     keeps = [f for f in plan.layers[layer] if isinstance(f, Keep)]
     widths = {full if k.channels is None else k.channels for k in keeps}
-    if all(k.channels is None for k in keeps):
+    cut = {len(k.each) for k in keeps}
+    if all(k.channels is None for k in keeps) and cut == {1}:
         return
+    if len(cut) > 1:
+        raise PlanError(
+            f"plan: layer {layer}: experts in {' and in '.join(map(str, sorted(cut)))} pieces; cut all of "
+            "a layer into as many"
+        )
     if max(widths) > full:
         raise PlanError(
             f"plan: layer {layer}: an expert keeps {max(widths)} channels; the model's have {full}"
@@ -106,6 +118,11 @@ def _check_channels(plan: Plan, layer: int, n: int, full: int) -> None:
         raise PlanError(
             f"plan: layer {layer}: experts of many widths can only stay at 16 bits; give all of the layer "
             "as many channels, or no bits"
+        )
+    (pieces,), wide = cut, min(widths)
+    if wide % pieces:
+        raise PlanError(
+            f"plan: layer {layer}: {pieces} pieces of {wide} channels; wanted a number that divides them"
         )
     order = plan.order.get(layer)
     if order is None or tuple(order.shape) != (n, full):

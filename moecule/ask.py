@@ -17,7 +17,7 @@ from moecule.budget import Inventory, bytes_by_part, format_size, parse_size, wi
 from moecule.drop import Dropping, Kept, Spread, fates_of, parse_share
 from moecule.errors import RecipeError
 from moecule.merge import Cluster, Merging, weights_of, with_merges
-from moecule.method import load_method
+from moecule.method import Width, load_method
 from moecule.narrow import Narrowing
 from moecule.order import with_order
 from moecule.plan import Plan, Skip
@@ -26,7 +26,7 @@ from moecule.stats import COUNT, Stats, select
 from moecule.target import check_plan, check_widths, steered, target_of
 
 Make = Callable[[float, float], Plan]  # of a share to drop and a mean of bits
-Widths = Callable[[Kept, float], Mapping[int, tuple[int, ...]]]
+Widths = Callable[[Kept, float], Mapping[int, tuple[Width, ...]]]
 Going = Dropping | Narrowing
 
 
@@ -112,7 +112,7 @@ class Ask:
             asked = f"fit {self.fit}, {self.context} tokens"
         else:
             asked = f"{recipe.bits if self.bits is None else self.bits:g} bits"
-        if not recipe.drops or _drops_to_fit(recipe, self):
+        if not recipe.drops or _drops_to_fit(recipe, self) or not self.share(recipe):
             return asked
         return f"drop {100 * self.share(recipe):g}%, {asked}"
 
@@ -191,13 +191,13 @@ def decide(recipe: Recipe, ask: Ask, stats: Stats, inventory: Inventory) -> Plan
     recipe = ask.steered(recipe)
     going = _going(recipe, ask, inventory, stats)
 
-    def widths(kept: Kept, bits: float) -> Mapping[int, tuple[int, ...]]:
+    def widths(kept: Kept, bits: float) -> Mapping[int, tuple[Width, ...]]:
         return allocate(survivors(recipe, stats, kept), bits, recipe.allocate.options)
 
     made, kept = _met(recipe, ask, inventory, going, widths)
     if recipe.merge is not None:
         made = _merging(recipe, stats, going, made)
-    if made.narrowed and isinstance(going, Narrowing):
+    if made.ordered and isinstance(going, Narrowing):
         made = with_order(made, going.order())
     return _skipping(made, recipe.skip, survivors(recipe, stats, kept))
 
@@ -220,7 +220,7 @@ def foresee(recipe: Recipe, ask: Ask, inventory: Inventory) -> Plan:
     """
     recipe = ask.steered(recipe)
 
-    def widths(kept: Kept, bits: float) -> Mapping[int, tuple[int, ...]]:
+    def widths(kept: Kept, bits: float) -> Mapping[int, tuple[Width, ...]]:
         return recipe.even_widths({i: len(ids) for i, ids in kept.items()}, bits)
 
     return _met(recipe, ask, inventory, _going(recipe, ask, inventory), widths)[0]
@@ -239,7 +239,7 @@ def _met(
     def make(share: float, bits: float) -> Plan:
         kept = keep(share)
         if bits == AS_IT_IS:
-            given: Mapping[int, tuple[int, ...]] = {i: (16,) * len(k) for i, k in kept.items()}
+            given: Mapping[int, tuple[Width, ...]] = {i: (16,) * len(k) for i, k in kept.items()}
         else:
             given = widths(kept, bits)
         layers = fates_of(kept, given, inventory, recipe.group, counts(share))

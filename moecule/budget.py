@@ -167,9 +167,10 @@ def weights_left(inventory: Inventory, plan: Plan) -> float:
 def _expert_bytes(e: LayerExperts, keep: Keep, *, even: bool) -> int:
     (rows, hidden), wide = e.gate_up, e.down[1]
     left = wide if keep.channels is None else keep.channels
-    biases = (rows * left // wide if even else rows) + hidden
-    shapes = ((rows * left // wide, hidden), (hidden, left))
-    weights = sum(_weight_bytes(*shape, keep, e.item_bytes) for shape in shapes)
+    biases = (rows * left // wide if even else rows) + hidden * len(keep.each)
+    each = keep.each  # pieces, of as many channels each
+    shapes = ((rows * left // wide // len(each), hidden), (hidden, left // len(each)))
+    weights = sum(_weight_bytes(*s, piece, e.item_bytes) for s in shapes for piece in each)
     return weights + e.bias_bytes * biases // (rows + hidden)
 
 

@@ -187,16 +187,29 @@ def _check_layer(e: LayerExperts, share: float, asked: str, *, clamp: bool) -> N
 
 def fates_of(
     kept: Kept,
-    widths: Mapping[int, tuple[int, ...]],
+    widths: Mapping[int, tuple[int | tuple[int, ...], ...]],
     inventory: Inventory,
     group: int,
     channels: Mapping[int, tuple[int | None, ...]],
 ) -> dict[int, tuple[Keep | Drop, ...]]:
-    """What becomes of every expert; `widths` (bits) and `channels` are of those that stay, in order."""
+    """What becomes of every expert; `widths` and `channels` are of those that stay, in order.
+
+    A width is bits, or the bits of each piece. Raises RecipeError for channels that pieces do not share.
+    """
+    pairs = [pair for i in widths for pair in zip(widths[i], channels[i], strict=True)]
+    for b, c in pairs:
+        if isinstance(b, tuple) and c is not None and c % len(b):
+            raise RecipeError(
+                f"{len(b)} pieces of {c} channels were asked for; drop a share that leaves a multiple of "
+                f"{len(b)}, or set allocate.pieces to a number that divides {c}"
+            )
     out: dict[int, tuple[Keep | Drop, ...]] = {}
     for i, e in sorted(inventory.experts.items()):
         keeps = [
-            Keep(b, 0 if b == 16 else group, c) for b, c in zip(widths[i], channels[i], strict=True)
+            Keep.in_pieces(b, group, c)
+            if isinstance(b, tuple)
+            else Keep(b, 0 if b == 16 else group, c)
+            for b, c in zip(widths[i], channels[i], strict=True)
         ]
         by = dict(zip(kept[i], keeps, strict=True))
         out[i] = tuple(by.get(j, Drop()) for j in range(e.n))

@@ -95,7 +95,9 @@ def packed_forward(
     if "into" in self._buffers:  # experts that became part of others
         idx = self.into[idx].to(idx.dtype)
     if self.skip is not None:
-        idx, coef = self.skip(hidden, idx, coef, self.num_experts)
+        idx, coef = self.skip(hidden, idx, coef, self.num_experts // self.cuts)
+    if self.cuts > 1:
+        idx, coef = in_pieces(idx, coef, self.cuts, self.num_experts)
     found = GPU.experts_there(self) if _on_gpu(hidden, coef) else None
     if found is not None:
         made: Tensor = GPU.experts_forward(self, *found, hidden, idx, coef)
@@ -115,6 +117,14 @@ def packed_forward(
     # back to the tokens' order by gathering: adding into rows is slow, and not reproducible on GPUs
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     return (each[back].view(*idx.shape, -1) * coef[..., None]).sum(1).to(hidden.dtype)
+
+
+def in_pieces(
+    idx: Int[Tensor, "T K"], coef: Float[Tensor, "T K"], cuts: int, nobody: int
+) -> tuple[Int[Tensor, "T pieces"], Float[Tensor, "T pieces"]]:
+    """Every piece of each expert, with the expert's coefficient; past the last is `nobody`."""
+    at = idx[..., None] * cuts + torch.arange(cuts, device=idx.device)
+    return at.clamp(max=nobody).flatten(1), coef.repeat_interleave(cuts, dim=1)
 
 
 def _run(

@@ -161,6 +161,7 @@ def _saved(checkpoint: Checkpoint, names: list[str]) -> int:
 def _nominal(checkpoint: Checkpoint, model: Any, family: Family) -> float:
     """Mean code bits over all experts that the original has; dropped ones count as 0."""
     widths = checkpoint.config["quantization_config"]["experts"]
-    bits = sum(int(re.split("[gc]", w)[0]) for layer in widths.values() for w in layer.split())
+    codes = [re.split("[gc]", w)[0].split("+") for of in widths.values() for w in of.split()]
+    bits = sum(sum(map(int, pieces)) / len(pieces) for pieces in codes)
     moes = [m for layer in find_layers(model)[1] if (m := find_moe(layer, family))]
     return float(bits / sum(m.experts.num_experts for m in moes))

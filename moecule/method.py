@@ -25,7 +25,8 @@ Channels = Callable[[Stats, Any], Mapping[int, Float64[Tensor, "E F"]]]
 Cluster = Callable[[LayerStats, Float64[Tensor, " E"], int, Any], Sequence[int]]
 Join = Callable[[Group, Any], Expert]
 Recombine = Callable[[Group, Sequence[int], Any], Recombined]
-Allocate = Callable[[Stats, float, Any], Mapping[int, tuple[int, ...]]]
+Width = int | tuple[int, ...]  # bits of an expert, or of each of its pieces
+Allocate = Callable[[Stats, float, Any], Mapping[int, tuple[Width, ...]]]
 Encode = Callable[
     [Float[Tensor, "E M N"], Float[Tensor, "E N N"] | None, tuple[int, ...], int, Any],
     "list[Packed]",
@@ -54,7 +55,9 @@ class Method:
     )
     merge: Join | None = None  # (experts of a cluster, options) -> one
     recombine: Recombine | None = None  # (a layer's experts, those that stay, options) -> those
-    allocate: Allocate | None = None  # (stats, mean bits, options) -> {layer: bits of each expert}
+    # (stats, mean bits, options) -> {layer: bits of each expert, or of each of its pieces}
+    allocate: Allocate | None = None
+    cuts: bool = False  # allocate gives bits to pieces, in the order of channels
     whole_bits: bool = False  # allocate takes no mean between two widths
     encode: Encode | None = None  # (W, gram, bits of each, group, options) -> one Packed each
     wants_gram: bool = False  # encode reads the gram matrices of the inputs

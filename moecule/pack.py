@@ -19,6 +19,7 @@ from moecule.hf import Streamed
 from moecule.method import Method
 from moecule.moe import Heard, Moe, experts_of
 from moecule.packed import Packed
+from moecule.pieces import put_together, rounded
 from moecule.plan import Keep
 from moecule.walk import Step
 
@@ -123,7 +124,8 @@ def pack_experts(
 ) -> tuple[dict[str, list[Packed | None]], list[int]]:
     """Round a layer's experts in place: (codes by matrix, the experts that no token reached).
 
-    Down projections see what the rounded gate and up give them. Each process rounds its experts.
+    Of experts in pieces the codes of every piece, of the first expert first. Down projections see what
+    the rounded gate and up give them. Each process rounds its experts.
     """
     ranks, experts = streamed.ranks, experts_of(moe.experts)
     pairs, wants = heard.pairs(len(experts)), codec.method.wants_gram
@@ -144,13 +146,12 @@ def pack_experts(
                 if e in mine:
                     grams.append(total.float())
             gram = torch.stack(grams) if grams else None
-            own = codec(weights[mine], gram, [keeps[e] for e in mine]) if mine else []
+            own = rounded(codec, moe.experts, name, weights[mine], gram, [keeps[e] for e in mine])
             for e in ids:
-                packed = own[mine.index(e)] if e in mine else None
-                packed = ranks.share(packed, ranks.owner(e))
-                codes[name].append(packed)
-                if packed is not None:
-                    weights[e] = packed.dequantize(weights.dtype)
+                pieces = own[mine.index(e)] if e in mine else None
+                pieces = ranks.share(pieces, ranks.owner(e))
+                codes[name] += pieces
+                put_together(moe.experts, name, pieces, weights[e])
     reached = torch.tensor([sum(map(len, p)) for p in pairs], device=streamed.device)
     starved = (ranks.add_up(reached) == 0).nonzero().flatten().tolist()
     return codes, starved

@@ -27,13 +27,36 @@ REST = ("attention", "shared", "dense", "router")  # everything in a layer but i
 class Keep:
     """The expert stays, in `bits` a weight; 16 leaves its weights as they are."""
 
-    bits: int = 16
+    bits: int = 16  # the most that any piece has, where there are pieces
     group: int = 0  # columns that share a scale; 0 for 16 bits
     channels: int | None = None  # so many stay, the first of the plan's order; None: all
+    pieces: tuple[
+        int, ...
+    ] = ()  # bits of runs of as many channels each, the first of the order first
+
+    @staticmethod
+    def in_pieces(bits: tuple[int, ...], group: int, channels: int | None = None) -> Keep:
+        """The expert stays, cut into as many pieces as there are `bits`."""
+        return Keep(max(bits), group, channels, bits)
+
+    @property
+    def each(self) -> tuple[Keep, ...]:
+        """What its pieces keep; of one that is not cut, what it keeps."""
+        return tuple(Keep(b, self.group) for b in self.pieces) or (self,)
+
+    @property
+    def mean_bits(self) -> float:
+        """Code bits a weight."""
+        return sum(self.pieces) / len(self.pieces) if self.pieces else self.bits
+
+    @property
+    def code(self) -> str:
+        """Its bits as text: 3, or 3+2+1 in pieces."""
+        return "+".join(map(str, self.pieces or (self.bits,)))
 
     def __str__(self) -> str:
         wide = "" if self.channels is None else f" {self.channels}ch"
-        return f"keep{wide}" if self.bits == 16 else f"keep{wide} {self.bits}bit g{self.group}"
+        return f"keep{wide}" if self.bits == 16 else f"keep{wide} {self.code}bit g{self.group}"
 
 
 @dataclass(frozen=True)
@@ -102,7 +125,7 @@ class Plan:
     def nominal_bits(self) -> float:
         """Mean code bits over the routed experts' weights, dropped experts counted as 0 bits."""
         fates = [f for layer in self.layers.values() for f in layer]
-        return sum(f.bits for f in fates if isinstance(f, Keep)) / len(fates)
+        return sum(f.mean_bits for f in fates if isinstance(f, Keep)) / len(fates)
 
     @property
     def dropped(self) -> int:
@@ -127,6 +150,12 @@ class Plan:
         """Whether any expert keeps some of its channels only."""
         fates = [f for layer in self.layers.values() for f in layer]
         return any(isinstance(f, Keep) and f.channels is not None for f in fates)
+
+    @property
+    def ordered(self) -> bool:
+        """Whether it takes an order of channels to carry it out."""
+        fates = [f for layer in self.layers.values() for f in layer]
+        return self.narrowed or any(isinstance(f, Keep) and f.pieces for f in fates)
 
     @property
     def leaves_experts(self) -> bool:
@@ -181,7 +210,9 @@ class Plan:
         if not isinstance(doc["rest"], dict) or set(doc["rest"]) != set(REST):
             raise PlanError(f"plan: rest has {doc['rest']!r}, wanted one line each for {REST}")
         rest = {part: _fate(str(verb), f"rest, {part}") for part, verb in doc["rest"].items()}
-        if any(not isinstance(f, Keep) or f.channels is not None for f in rest.values()):
+        if any(
+            not isinstance(f, Keep) or f.channels is not None or f.pieces for f in rest.values()
+        ):
             raise PlanError("plan: rest, only experts can be dropped; wanted keep or keep 3bit g64")
         for key in ("made_by", "encode"):
             if not isinstance(doc[key], dict):
@@ -205,10 +236,11 @@ class Plan:
             isinstance(f, Merge) for of in made.layers.values() for f in of
         ):
             raise PlanError("plan: experts are merged, and it does not say how; wanted merge:")
-        if made.narrowed and made.channels is None:
+        if made.ordered and made.channels is None:
+            what = "keeps some channels" if made.narrowed else "is cut into pieces of its channels"
             raise PlanError(
-                "plan: an expert keeps some channels, and the plan does not name which; wanted channels: "
-                "and the digest of their order"
+                f"plan: an expert {what}, and the plan does not name which; wanted channels: and the "
+                "digest of their order"
             )
         return made
 
@@ -318,19 +350,21 @@ def _fate(verb: str, where: str) -> Fate:
         return Keep()
     if match := re.fullmatch(r"merge (\d{1,4})", verb):
         return Merge(int(match[1]))
-    match = re.fullmatch(r"keep(?: (\d{1,9})ch)?(?: (\d{1,9})bit g(\d{1,9}))?", verb)
+    match = re.fullmatch(r"keep(?: (\d{1,9})ch)?(?: (\d{1,9}(?:\+\d{1,9})*)bit g(\d{1,9}))?", verb)
     if not match:
         raise PlanError(
-            f"plan: {where}: cannot read {verb!r}; wanted keep, keep 3bit g64, keep 192ch, drop, or "
-            "merge 3"
+            f"plan: {where}: cannot read {verb!r}; wanted keep, keep 3bit g64, keep 3+2+1bit g64, "
+            "keep 192ch, drop, or merge 3"
         )
     channels = None if match[1] is None else int(match[1])
     if match[2] is None:
         return Keep(channels=channels)
-    bits, group = int(match[2]), int(match[3])
-    if bits not in WIDTHS or group < 1:
+    bits, group = tuple(map(int, match[2].split("+"))), int(match[3])
+    if not set(bits) <= {*WIDTHS} or group < 1:
         raise PlanError(f"plan: {where}: {verb!r} wants 1 to 8 bits and a group of 1 or more")
-    return Keep(bits, group, channels)
+    return (
+        Keep(bits[0], group, channels) if len(bits) == 1 else Keep.in_pieces(bits, group, channels)
+    )
 
 
 def _fates(layer: Any, lines: Any) -> tuple[Fate, ...]:

@@ -217,6 +217,12 @@ def _recipe(path: Path, doc: dict[str, Any]) -> Recipe:
     if not 0 <= drop < 1 or (drop and not able):
         wanted = "a share of the experts, from 0 to 1" if able else "a [score] table with it"
         raise RecipeError(f"{path}: drop = {drop:g}, wanted {wanted}")
+    allocate = part_of(f"{path} [allocate]", doc["allocate"], "allocate", group)
+    if load_method(allocate.method, "allocate").cuts and "channels" not in doc:
+        raise RecipeError(
+            f"{path}: {allocate.method} gives bits to pieces of experts; wanted a [channels] table, which "
+            "says in which order channels lie"
+        )
     given: dict[str, Any] = {key: part_of(f"{path} [{key}]", doc[key], key, group) for key in able}
     rest = doc.get("rest", {})
     _refuse_unknown(f"{path} [rest]", rest, set(REST))
@@ -228,7 +234,7 @@ def _recipe(path: Path, doc: dict[str, Any]) -> Recipe:
         group=group,
         bits=_value(float, doc.get("bits", 2.5), f"{path}: bits"),
         data=_options(Sampling, doc.get("data", {}), f"{path} [data]"),
-        allocate=part_of(f"{path} [allocate]", doc["allocate"], "allocate", group),
+        allocate=allocate,
         encode=part_of(f"{path} [encode]", doc["encode"], "encode", group),
         rest={part: _keep(rest.get(part, 16), group, f"{path} [rest] {part}") for part in REST},
         skip=part_of(f"{path} [skip]", doc["skip"], "thresholds", group) if "skip" in doc else None,

@@ -32,6 +32,7 @@ from moecule.hf import auto_class, set_experts
 from moecule.kernels import cpu
 from moecule.moe import find_layers, find_moe, first_matrix, select_experts
 from moecule.packed import Packed, packed_of, words_per_row
+from moecule.pieces import bias_of_pieces
 from moecule.plan import Keep
 from moecule.ragged import Ragged
 
@@ -113,19 +114,21 @@ def prepare_experts(module: Any, keeps: Sequence[Keep]) -> None:
     up, down = getattr(module, first), module.down_proj
     if module.is_transposed:
         up, down = up.mT, down.mT
-    dtype, n, full = up.dtype, len(keeps), down.shape[2]
+    dtype, n, full, cuts = up.dtype, len(keeps), down.shape[2], len(keeps[0].each)
     widths = [full if k.channels is None else k.channels for k in keeps]
     ragged = len(set(widths)) > 1
     if not ragged:
         left = widths[0]
         shapes = {
-            "gate_up": (up.shape[1] * left // full, up.shape[2]),
-            "down": (down.shape[1], left),
+            "gate_up": (up.shape[1] * left // full // cuts, up.shape[2]),
+            "down": (down.shape[1], left // cuts),
         }
+    each = [piece for k in keeps for piece in k.each]
     if module.has_bias:
         for name in (f"{first}_bias", "down_proj_bias"):
-            long = shapes["gate_up"][0] if name.startswith(first) and not ragged else None
+            long = cuts * shapes["gate_up"][0] if name.startswith(first) and not ragged else None
             bias = getattr(module, name).data[:n, :long]
+            bias = bias_of_pieces(module, bias, cuts, first=name.startswith(first))
             setattr(module, name, nn.Parameter(bias, requires_grad=False))
     delattr(module, first)
     del module.down_proj
@@ -135,12 +138,12 @@ def prepare_experts(module: Any, keeps: Sequence[Keep]) -> None:
         )
         module.slots = [(RAGGED, e) for e in range(n)]
     else:
-        kinds = sorted(set(keeps), key=lambda k: (k.bits, k.group))
+        kinds = sorted(set(each), key=lambda k: (k.bits, k.group))
         module.packed = nn.ModuleDict(
-            {_kind(k): Stack(sum(k == have for have in keeps), shapes, k, dtype) for k in kinds}
+            {_kind(k): Stack(sum(k == have for have in each), shapes, k, dtype) for k in kinds}
         )
-        module.slots = [(_kind(k), list(keeps[:e]).count(k)) for e, k in enumerate(keeps)]
-    module.num_experts = n
+        module.slots = [(_kind(k), each[:e].count(k)) for e, k in enumerate(each)]
+    module.num_experts, module.cuts = len(each), cuts  # pieces run as experts of their own
     module.skip, module.exact = None, True
     module.uses = None  # of each expert, where `offload` counts them
 
@@ -155,7 +158,10 @@ def _kind(keep: Keep) -> str:
 def fill_experts(
     module: Any, experts: Experts, packed: Mapping[str, Sequence[Packed | None]]
 ) -> None:
-    """Put codes, or the weights of experts at 16 bits, where `prepare_experts` made room."""
+    """Put codes, or the weights of experts at 16 bits, where `prepare_experts` made room.
+
+    `packed` has those of every piece, of the first expert first.
+    """
     dense = {"gate_up": experts.gate_up, "down": experts.down}
     for e, (kind, row) in enumerate(module.slots):
         for name, weights in dense.items():
@@ -234,16 +240,19 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 def keep_text(keep: Keep) -> str:
-    """The short form in config.json: 3g64, or 3g64c192 where 192 channels stay."""
+    """The short form in config.json: 3g64, 3+2g64 in pieces, or 3g64c192 where 192 channels stay."""
     wide = "" if keep.channels is None else f"c{keep.channels}"
-    return ("16" if keep.bits == 16 else f"{keep.bits}g{keep.group}") + wide
+    return ("16" if keep.bits == 16 else f"{keep.code}g{keep.group}") + wide
 
 
 def keep_from(text: str) -> Keep:
     """The inverse of `keep_text`."""
     coded, _, channels = text.partition("c")
     bits, _, group = coded.partition("g")
-    return Keep(int(bits), int(group or 0), int(channels) if channels else None)
+    left, widths = int(channels) if channels else None, tuple(map(int, bits.split("+")))
+    if len(widths) > 1:
+        return Keep.in_pieces(widths, int(group), left)
+    return Keep(widths[0], int(group or 0), left)
 
 
 def prepare_model(model: Any, config: PackedConfig) -> None:

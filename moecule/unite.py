@@ -178,7 +178,7 @@ def take_away(
         select_experts(moe, kept, len(fates))
     if plan.top_k is not None:
         set_top_k(moe, plan.top_k)
-    if any(k.channels is not None for k in keeps):
+    if any(k.channels is not None or k.pieces for k in keeps):
         narrow = cut_channels(streamed, moe, keeps, plan.order[i][kept])
     if fitted:
         heard = Hearing(streamed, moe, step, aside).heard

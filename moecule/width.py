@@ -24,9 +24,13 @@ def widths_of(keeps: Sequence[Keep], full: int) -> list[int]:
 
 
 def stay_of(keeps: Sequence[Keep], order: Int32[Tensor, "E F"]) -> list[Int32[Tensor, " _c"]]:
-    """The channels of each expert that stay, rising; `order` is of those experts that are there."""
+    """The channels of each expert that stay, rising, or for experts in pieces in their order.
+
+    `order` is of those experts that are there.
+    """
     widths = widths_of(keeps, order.shape[1])
-    return [of[:n].sort().values for of, n in zip(order, widths, strict=True)]
+    stay = zip(order, widths, keeps, strict=True)
+    return [of[:n] if k.pieces else of[:n].sort().values for of, n, k in stay]
 
 
 def rows_of(module: Any, channels: Int[Tensor, " c"], full: int) -> Int[Tensor, " R"]:
@@ -57,7 +61,8 @@ def cut_channels(
     """Let the experts have the channels that stay, in place; `order` is of those that are there.
 
     Of one width they become narrower. Of many, what the other channels give is multiplied by 0, and the
-    narrow experts are returned besides. Channels keep the order they had.
+    narrow experts are returned besides. Channels keep the order they had, but for experts in pieces, whose
+    channels come in `order`.
     """
     experts = experts_of(moe.experts)
     full = experts.down.shape[2]

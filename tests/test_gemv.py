@@ -26,6 +26,7 @@ from moecule.kernels.combine import combined
 from moecule.kernels.grouped import CUTS, arranged, grouped
 from moecule.kernels.matrices import Matrices
 from moecule.kernels.sort import sorted_pairs
+from moecule.order import with_order
 from moecule.packed import Packed, pack
 from moecule.plan import Keep
 
@@ -399,6 +400,31 @@ def test_experts_do_what_torch_makes_of_them(name, how, checkpoint, tmp_path, mo
         assert 0 < (got - want).norm() / want.norm() < (0.02 if "int8" in how else 0.002)
     else:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("few", [1000, 0])
+def test_pieces_of_experts_add_up(few, checkpoint, tmp_path, monkeypatch, coarse):
+    """By codes read anew for every pair, and unpacked first."""
+    streamed = tiny.stream(checkpoint("mixtral"))
+    plan = tiny.plan(streamed, lambda i, e: Keep.in_pieces((3, 1) if e % 2 else (2, 1), 32))
+    order = {
+        i: torch.arange(15, -1, -1).expand(n, 16).int()
+        for i, n in tiny.moe_layers(streamed).items()
+    }
+    tiny.write(streamed, with_order(plan, order), tmp_path / "out", tiny.tokens(2))
+    model = tiny.load(tmp_path / "out").to(DEVICE)
+    module = next(m for m in model.modules() if hasattr(m, "slots"))
+    hidden = tiny.normal(3, 32).to(DEVICE)
+    idx = torch.tensor([[0, 1], [7, 0], [1, 8]], device=DEVICE)  # 8 is nobody
+    coef = torch.tensor([[0.7, 0.3], [0.5, 0.5], [0.9, 0.1]], device=DEVICE)
+    with torch.no_grad():
+        monkeypatch.setattr(forward, "GPU", None)
+        want = forward.packed_forward(module, hidden, idx, coef)
+        monkeypatch.setattr(forward, "GPU", gpu)
+        monkeypatch.setattr(forward, "_on_gpu", lambda *x: True)
+        monkeypatch.setattr(gpu, "FEW_PAIRS", few)
+        got = forward.packed_forward(module, hidden, idx, coef)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 class OnGpu(Tensor):

@@ -103,7 +103,7 @@ def cases(seeds: list[int]) -> list[Case]:
         made = load_recipe(recipe)
         if made.drops and made.bits == 16:
             out += [Case(name, "remove", share, recipe, changes) for share in SHARES]
-        elif not made.drops:
+        elif not made.drop:
             out += [_rounded(name, recipe, changes, bits) for bits in BITS]
     by_mc = {f"allocate.{k}": v for k, v in load_recipe("mc").allocate.as_dict().items()}
     by_mc = {k: v for k, v in by_mc.items() if k.partition(".")[2] in OF_MC}
