@@ -81,7 +81,6 @@ def check_plan(plan: Plan, streamed: Streamed) -> None:
             )
         if not plan.has_aliases(i):  # the router still picks as it did
             _check_groups(plan, streamed, i, n, kept, top_k)
-<<<<<<< HEAD
         experts = experts_of(moe.experts)
         _check_channels(plan, i, n, experts.down.shape[2])
         if experts.end is not None and any(isinstance(f, Keep) and f.pieces for f in fates):
@@ -89,13 +88,10 @@ def check_plan(plan: Plan, streamed: Streamed) -> None:
                 f"plan: layer {i}: a norm ends its experts, and pieces of them do not add up; "
                 "give each expert one width"
             )
-=======
-        _check_channels(plan, i, n, experts_of(moe.experts).down.shape[2])
     if plan.sparse is not None and not set(plan.sparse.density) <= set(moes):
         raise PlanError(
             f"plan: sparse names layers {sorted(plan.sparse.density)}, of {sorted(moes)}"
         )
->>>>>>> efe7d02 (Weights of experts made 0: Wanda's and SparseGPT's masks, OWL's shares by layer; STUN whole)
     if plan.skip is not None and not set(plan.skip.thresholds) <= set(moes):
         raise PlanError(
             f"plan: skip names layers {sorted(plan.skip.thresholds)}, of {sorted(moes)}"

@@ -112,13 +112,9 @@ class Ask:
             asked = f"fit {self.fit}, {self.context} tokens"
         else:
             asked = f"{recipe.bits if self.bits is None else self.bits:g} bits"
-<<<<<<< HEAD
-        if not recipe.drops or _drops_to_fit(recipe, self) or not self.share(recipe):
-=======
         if recipe.sparsify is not None:
             asked += f", {100 * recipe.sparsify.options.share:g}% of what stays 0 (no fewer bytes)"
-        if not recipe.drops or _drops_to_fit(recipe, self):
->>>>>>> efe7d02 (Weights of experts made 0: Wanda's and SparseGPT's masks, OWL's shares by layer; STUN whole)
+        if not recipe.drops or _drops_to_fit(recipe, self) or not self.share(recipe):
             return asked
         return f"drop {100 * self.share(recipe):g}%, {asked}"
 

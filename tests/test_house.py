@@ -137,16 +137,11 @@ def test_a_recipe_loads_with_what_it_names(name):
     assert re.fullmatch(ARXIV, recipe.paper)
     assert load_method(recipe.allocate.method, "allocate")
     assert load_method(recipe.encode.method, "encode")
-<<<<<<< HEAD
-    assert 1 <= recipe.bits <= 8 or (recipe.bits == 16 and recipe.drops)
+    assert 1 <= recipe.bits <= 8 or (recipe.bits == 16 and (recipe.drops or recipe.sparsify))
     cuts = load_method(
         recipe.allocate.method, "allocate"
     ).cuts  # channels are ordered, and all stay
     assert bool(recipe.drop) == (recipe.drops and not cuts)
-=======
-    assert 1 <= recipe.bits <= 8 or (recipe.bits == 16 and (recipe.drops or recipe.sparsify))
-    assert bool(recipe.drop) == recipe.drops
->>>>>>> efe7d02 (Weights of experts made 0: Wanda's and SparseGPT's masks, OWL's shares by layer; STUN whole)
     assert recipe.needs()
 
 
