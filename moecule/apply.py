@@ -24,8 +24,9 @@ from moecule.method import load_method
 from moecule.moe import end_of, experts_of, listening
 from moecule.pack import Codec, pack_experts, pack_weights
 from moecule.packed import Packed
-from moecule.plan import Keep, Plan
-from moecule.recipe import Part
+from moecule.plan import Keep, Plan, Sparse
+from moecule.recipe import Part, part_of
+from moecule.sparse import Masker, zero_weights
 from moecule.states import States
 from moecule.unite import check_merges, take_away
 from moecule.walk import Step, Tick, finish, walk
@@ -87,6 +88,10 @@ def check_plan(plan: Plan, streamed: Streamed) -> None:
                 f"plan: layer {i}: a norm ends its experts, and pieces of them do not add up; "
                 "give each expert one width"
             )
+    if plan.sparse is not None and not set(plan.sparse.density) <= set(moes):
+        raise PlanError(
+            f"plan: sparse names layers {sorted(plan.sparse.density)}, of {sorted(moes)}"
+        )
     if plan.skip is not None and not set(plan.skip.thresholds) <= set(moes):
         raise PlanError(
             f"plan: skip names layers {sorted(plan.skip.thresholds)}, of {sorted(moes)}"
@@ -114,10 +119,10 @@ def _check_channels(plan: Plan, layer: int, n: int, full: int) -> None:
         )
     if widths == {0}:
         raise PlanError(f"plan: layer {layer}: no expert keeps a channel; wanted some")
-    if len(widths) > 1 and any(k.bits < 16 for k in keeps):
+    if len(widths) > 1 and (any(k.bits < 16 for k in keeps) or plan.sparse is not None):
         raise PlanError(
-            f"plan: layer {layer}: experts of many widths can only stay at 16 bits; give all of the layer "
-            "as many channels, or no bits"
+            f"plan: layer {layer}: experts of many widths can only stay at 16 bits, none of their weights "
+            "made 0; give all of the layer as many channels, or no bits and no sparse"
         )
     (pieces,), wide = cut, min(widths)
     if wide % pieces:
@@ -169,6 +174,8 @@ def apply_plan(
     done again. Raises PlanError where the plan does not fit the model.
     """
     check_plan(plan, streamed)
+    if plan.sparse is not None:
+        _masker(plan.sparse)  # raises RecipeError for what is no method
     codec = Codec(load_method(encode.method, "encode"), encode.options)
     key = key_of(streamed, plan)
     check_target(plan, key)
@@ -222,6 +229,11 @@ def is_stock(plan: Plan, key: str | None) -> bool:
     sizes = {sum(isinstance(f, Keep) for f in layer) for layer in plan.layers.values()}
     as_it_is = plan.leaves_experts and all(f.bits == 16 for f in plan.rest.values())
     return len(sizes) == 1 and as_it_is
+
+
+def _masker(sparse: Sparse) -> Masker:
+    part = part_of("plan, sparse", sparse.mask, "mask")
+    return Masker(load_method(part.method, "mask"), part.options)
 
 
 def check_target(plan: Plan, key: str | None) -> None:
@@ -279,9 +291,12 @@ def _layer(
     else:
         narrow = take_away(streamed, plan, moe, step, aside)
         rounds = any(k.bits < 16 for k in keeps)
+        density = plan.sparse.density.get(i, 1.0) if plan.sparse is not None else 1.0
         with listening(moe, aside, outputs=False) as heard:
-            packed |= pack_weights(codec, streamed, step, others, always_run=rounds)
+            packed |= pack_weights(codec, streamed, step, others, always_run=rounds or density < 1)
         codes, starved = dict.fromkeys(("gate_up", "down"), [None] * len(keeps)), list[int]()
+        if plan.sparse is not None and density < 1:
+            zero_weights(_masker(plan.sparse), streamed, moe, heard, density)
         if rounds:  # else there is nothing to hear for
             codes, starved = pack_experts(codec, streamed, moe, heard, keeps)
         if starved:

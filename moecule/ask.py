@@ -20,7 +20,7 @@ from moecule.merge import Cluster, Merging, weights_of, with_merges
 from moecule.method import Width, load_method
 from moecule.narrow import Narrowing
 from moecule.order import with_order
-from moecule.plan import Plan, Skip
+from moecule.plan import Plan, Skip, Sparse
 from moecule.recipe import AS_IT_IS, Part, Recipe, load_recipe, recipe_names
 from moecule.stats import COUNT, Stats, select
 from moecule.target import check_plan, check_widths, steered, target_of
@@ -112,6 +112,8 @@ class Ask:
             asked = f"fit {self.fit}, {self.context} tokens"
         else:
             asked = f"{recipe.bits if self.bits is None else self.bits:g} bits"
+        if recipe.sparsify is not None:
+            asked += f", {100 * recipe.sparsify.options.share:g}% of what stays 0 (no fewer bytes)"
         if not recipe.drops or _drops_to_fit(recipe, self) or not self.share(recipe):
             return asked
         return f"drop {100 * self.share(recipe):g}%, {asked}"
@@ -199,7 +201,8 @@ def decide(recipe: Recipe, ask: Ask, stats: Stats, inventory: Inventory) -> Plan
         made = _merging(recipe, stats, going, made)
     if made.ordered and isinstance(going, Narrowing):
         made = with_order(made, going.order())
-    return _skipping(made, recipe.skip, survivors(recipe, stats, kept))
+    left = survivors(recipe, stats, kept)
+    return _skipping(_sparse(made, recipe, left), recipe.skip, left)
 
 
 def _merging(recipe: Recipe, stats: Stats, going: Going, plan: Plan) -> Plan:
@@ -301,6 +304,16 @@ def price(inventory: Inventory, plan: Plan) -> int:
 def survivors(recipe: Recipe, stats: Stats, kept: Kept) -> dict[int, dict[str, Tensor]]:
     """The sums that the recipe reads, of the experts that stay."""
     return {i: select(of, recipe.counted(), kept[i]) for i, of in stats.items()}
+
+
+def _sparse(plan: Plan, recipe: Recipe, stats: Stats) -> Plan:
+    if recipe.sparsify is None or recipe.mask is None:
+        return plan
+    method = load_method(recipe.sparsify.method, "densities")
+    assert method.densities is not None  # load_method saw to it
+    density = method.densities(stats, recipe.sparsify.options)
+    rounded = {i: round(d, 4) for i, d in sorted(density.items())}
+    return replace(plan, sparse=Sparse(rounded, recipe.mask.as_dict()))
 
 
 def _skipping(plan: Plan, skip: Part | None, stats: Stats) -> Plan:

@@ -18,7 +18,8 @@ from moecule.recipe import load_recipe, recipe_names
 
 MEASURED = Path(__file__).parent / "measured.json"
 PARTS = (
-    "score", "choose", "channels", "cluster", "merge", "recombine", "allocate", "encode", "thresholds",
+    "score", "choose", "channels", "cluster", "merge", "recombine", "densities", "mask", "allocate",
+    "encode", "thresholds",
 )  # fmt: skip
 DOES = {
     "score": "drops experts",
@@ -27,6 +28,8 @@ DOES = {
     "cluster": "says who merges",
     "merge": "merges experts",
     "recombine": "merges channels",
+    "densities": "says how many weights go",
+    "mask": "makes weights 0",
     "allocate": "gives bits",
     "encode": "rounds",
     "thresholds": "skips online",
@@ -62,6 +65,7 @@ def listing() -> list[Listed]:
         recipe = load_recipe(name)
         parts = (
             *(recipe.score, recipe.choose, recipe.channels, recipe.cluster, recipe.merge),
+            *(recipe.sparsify, recipe.mask),
             *(recipe.allocate, recipe.encode, recipe.skip),
         )
         for used in dict.fromkeys(p.method for p in parts if p is not None):

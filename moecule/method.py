@@ -31,6 +31,12 @@ Encode = Callable[
     [Float[Tensor, "E M N"], Float[Tensor, "E N N"] | None, tuple[int, ...], int, Any],
     "list[Packed]",
 ]
+Densities = Callable[[Stats, Any], Mapping[int, float]]
+# the last but two: what the columns read, gram matrices where the method wants them, else their diagonals
+Mask = Callable[
+    [Float[Tensor, "E M N"], "Float[Tensor, 'E N N'] | Float[Tensor, 'E N']", float, Any],
+    Float[Tensor, "E M N"],
+]
 Thresholds = Callable[[Stats, Any], tuple[Mapping[int, tuple[float, ...]], float]]
 
 
@@ -60,7 +66,9 @@ class Method:
     cuts: bool = False  # allocate gives bits to pieces, in the order of channels
     whole_bits: bool = False  # allocate takes no mean between two widths
     encode: Encode | None = None  # (W, gram, bits of each, group, options) -> one Packed each
-    wants_gram: bool = False  # encode reads the gram matrices of the inputs
+    wants_gram: bool = False  # encode, or mask, reads the gram matrices of the inputs
+    densities: Densities | None = None  # (stats, options) -> {layer: share of weights that stay}
+    mask: Mask | None = None  # (W, gram or its diagonal, density, options) -> W, the others 0
     thresholds: Thresholds | None = None  # (stats, options) -> ({layer: by rank}, protected share)
 
 

@@ -121,7 +121,8 @@ def work_of(streamed: Streamed, inventory: Inventory, recipe: Recipe) -> Work:
         backward=any(s.backward for s in needs),
         trials=passes_of(needs, max(m.experts.num_experts / m.top_k for m in moes)),
         searched=any(s.of_block for s in needs),
-        wants_gram=recipe.rounds and load_method(recipe.encode.method, "encode").wants_gram,
+        wants_gram=(recipe.rounds and load_method(recipe.encode.method, "encode").wants_gram)
+        or (recipe.mask is not None and load_method(recipe.mask.method, "mask").wants_gram),
     )
 
 

@@ -104,6 +104,14 @@ class Skip:
 
 
 @dataclass(frozen=True)
+class Sparse:
+    """What share of the weights of experts that stay is not 0. Files do not shrink by it."""
+
+    density: Mapping[int, float]  # {layer: of every expert}; of layers not named all stay
+    mask: Mapping[str, Any]  # the method that says which, and its options
+
+
+@dataclass(frozen=True)
 class Plan:
     """Fates of all experts, widths of the rest, and how to encode."""
 
@@ -115,6 +123,7 @@ class Plan:
     skip: Skip | None = None
     merge: Merges | None = None
     refit: bool = False  # down projections are fitted to what the layer gave before
+    sparse: Sparse | None = None
     top_k: int | None = None  # experts that routers pick for a token, where fewer than they did
     channels: str | None = None  # digest of `order`, where any expert keeps some channels only
     # {MoE layer: every expert's channels, those that go last first}; in a file beside the plan's
@@ -188,6 +197,9 @@ class Plan:
                 "protect": self.skip.protect,
                 "thresholds": _spaced(self.skip.thresholds),
             }
+        if self.sparse is not None:
+            density = dict(sorted(self.sparse.density.items()))
+            doc["sparse"] = {"mask": dict(self.sparse.mask), "density": density}
         doc["layers"] = {layer: _lines(fates) for layer, fates in sorted(self.layers.items())}
         return yaml.safe_dump(doc, sort_keys=False, width=100)
 
@@ -201,7 +213,7 @@ class Plan:
                 raise  # says more
             raise PlanError(f"plan: not YAML: {' '.join(str(e).split())}") from e
         wanted = {"model", "digest", "made_by", "encode", "rest", "layers"}
-        more = {"skip", "top_k", "channels", "merge", "refit"}
+        more = {"skip", "sparse", "top_k", "channels", "merge", "refit"}
         if not isinstance(doc, dict) or not wanted <= set(doc) <= wanted | more:
             found = sorted(map(str, doc)) if isinstance(doc, dict) else type(doc).__name__
             raise PlanError(
@@ -228,6 +240,7 @@ class Plan:
             skip=_skip(doc["skip"]) if "skip" in doc else None,
             merge=_merges(doc["merge"]) if "merge" in doc else None,
             refit=_refit(doc["refit"]) if "refit" in doc else False,
+            sparse=_sparse(doc["sparse"]) if "sparse" in doc else None,
             top_k=_top_k(doc["top_k"]) if "top_k" in doc else None,
             channels=str(doc["channels"]) if "channels" in doc else None,
             made_by=doc["made_by"],
@@ -313,6 +326,17 @@ def _refit(value: Any) -> bool:
     if type(value) is bool:
         return value
     raise PlanError(f"plan: refit has {value!r}, wanted true or false")
+
+
+def _sparse(doc: Any) -> Sparse:
+    try:
+        density = {_number(i, "sparse"): float(d) for i, d in doc["density"].items()}
+        sparse = Sparse(density, dict(doc["mask"]))
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise PlanError(f"plan: sparse wants mask and density per layer, found {doc!r}") from e
+    if not all(0 < d <= 1 for d in density.values()):  # NaN is not, either
+        raise PlanError(f"plan: sparse wants densities above 0 and up to 1, found {doc!r}")
+    return sparse
 
 
 def _top_k(value: Any) -> int:

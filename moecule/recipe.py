@@ -66,6 +66,8 @@ class Recipe:
     skip: Part | None = None
     score: Part | None = None  # says which experts to drop
     choose: Part | None = None  # the same, by sets of them
+    sparsify: Part | None = None  # says what share of the weights of experts that stay becomes 0
+    mask: Part | None = None  # and which
     channels: Part | None = None  # says which channels of the experts to drop
     cluster: Part | None = None  # says which experts become one, instead of being dropped
     merge: Part | None = None  # makes one of them
@@ -80,6 +82,7 @@ class Recipe:
             "choose": self.choose,
             "channels": self.channels,
             "cluster": self.cluster,
+            "densities": self.sparsify,
             "allocate": self.allocate,
             "thresholds": self.skip,
         }
@@ -200,7 +203,7 @@ def load_recipe(name: str | Path, changes: Mapping[str, Any] | None = None) -> R
 
 def _recipe(path: Path, doc: dict[str, Any]) -> Recipe:
     known = {"about", "paper", "group", "bits", "drop", "data", "allocate", "encode", "rest"}
-    able_to = {"score", "choose", "channels", "skip", "refit", *MERGING}
+    able_to = {"score", "choose", "channels", "skip", "sparsify", "mask", "refit", *MERGING}
     _refuse_unknown(str(path), doc, known | able_to)
     for key in ("allocate", "encode"):
         if not isinstance(doc.get(key), dict):
@@ -224,8 +227,15 @@ def _recipe(path: Path, doc: dict[str, Any]) -> Recipe:
             "says in which order channels lie"
         )
     given: dict[str, Any] = {key: part_of(f"{path} [{key}]", doc[key], key, group) for key in able}
+    if ("sparsify" in doc) != ("mask" in doc):
+        raise RecipeError(f"{path}: [sparsify] and [mask] go together; wanted both or none")
     rest = doc.get("rest", {})
     _refuse_unknown(f"{path} [rest]", rest, set(REST))
+    given |= {
+        key: part_of(f"{path} [{key}]", doc[key], what, group)
+        for key, what in (("skip", "thresholds"), ("sparsify", "densities"), ("mask", "mask"))
+        if key in doc
+    }
     given |= _merging(path, doc)
     return Recipe(
         name=path.stem,
@@ -237,7 +247,6 @@ def _recipe(path: Path, doc: dict[str, Any]) -> Recipe:
         allocate=allocate,
         encode=part_of(f"{path} [encode]", doc["encode"], "encode", group),
         rest={part: _keep(rest.get(part, 16), group, f"{path} [rest] {part}") for part in REST},
-        skip=part_of(f"{path} [skip]", doc["skip"], "thresholds", group) if "skip" in doc else None,
         drop=drop,
         refit=_value(bool, doc.get("refit", False), f"{path}: refit"),
         **given,

@@ -103,6 +103,7 @@ class Statistic:
     of_experts: Callable[[Experts], Callable[[Tensor, Routed], Tensor]] | None = None
     # -> what is made of the whole layer at the end; the same in every process, so not added up
     of_block: Callable[[Block], Tensor] | None = None
+    by_expert: bool = False  # `of_block` gives [E, ...]
     pairs: bool = False  # [E, E], of every two experts
     backward: bool = False  # reads Seen.grad
     turned: bool = False  # reads Seen.turn
@@ -131,6 +132,8 @@ COEF_NORM_SQ = Statistic("coef_norm_sq", lambda s: (s.coef * s.norm).square().su
 TURN_COEF_NORM = Statistic("turn_coef_norm", lambda s: _turned(s).sum(), turned=True)
 # from one pass of these every score for dropping is made
 DROPPING = (COUNT, SOFT, COEF, COEF_SQ, NORM, NORM_SQ, COEF_NORM, COEF_NORM_SQ, TURN_COEF_NORM)
+IN_SQ = Statistic("in_sq", lambda s: s.x.double().square().sum(0))  # [H], or the experts' width
+ACT_SQ = Statistic("act_sq", lambda s: s.act.double().square().sum(0))  # [F]
 TOKENS = Statistic("tokens", of_layer=lambda s: torch.tensor(float(len(s.hidden))))
 HIDDEN_SQ = Statistic("hidden_sq", of_layer=lambda s: s.out.double().square().sum())
 # what two experts' logits have in common, over all tokens
@@ -157,7 +160,7 @@ def select(sums: LayerStats, read: Iterable[Statistic], ids: Sequence[int]) -> d
     """The sums of a layer that `read` names, of the experts `ids` alone; none of whole layers' sets."""
     at, out = list(ids), dict[str, Tensor]()
     for s in read:
-        if s.name in sums and s.of_block is None:
+        if s.name in sums and (s.of_block is None or s.by_expert):
             of = sums[s.name]
             of = of if s.of_layer is not None else of[at]
             out[s.name] = of[:, at] if s.pairs else of

@@ -210,6 +210,7 @@ def plan(
             **({"choose": chosen.choose.as_dict()} if chosen.choose else {}),
             **({"channels": chosen.channels.as_dict()} if chosen.channels else {}),
             **chosen.joining(),
+            **({"sparsify": chosen.sparsify.as_dict()} if chosen.sparsify else {}),
             "allocate": chosen.allocate.as_dict(),
             "encode": chosen.encode.as_dict(),
             "rest": {part: str(keep) for part, keep in chosen.rest.items()},

@@ -137,7 +137,7 @@ def test_a_recipe_loads_with_what_it_names(name):
     assert re.fullmatch(ARXIV, recipe.paper)
     assert load_method(recipe.allocate.method, "allocate")
     assert load_method(recipe.encode.method, "encode")
-    assert 1 <= recipe.bits <= 8 or (recipe.bits == 16 and recipe.drops)
+    assert 1 <= recipe.bits <= 8 or (recipe.bits == 16 and (recipe.drops or recipe.sparsify))
     cuts = load_method(
         recipe.allocate.method, "allocate"
     ).cuts  # channels are ordered, and all stay

@@ -30,7 +30,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from moecule.method import Method
-from moecule.stats import COUNT, Seen, Statistic, Stats
+from moecule.stats import ACT_SQ, COUNT, Seen, Statistic, Stats
 
 UNSEEN = -1.0  # of an expert that no token reached; its channels go first
 
@@ -58,7 +58,6 @@ def by_activation(seen: Seen) -> Float[Tensor, "t F"]:
     return by_out @ expert.down
 
 
-ACT_SQ = Statistic("act_sq", lambda s: s.act.double().square().sum(0))  # [F]
 ACT_GRAD_SQ = Statistic(
     "act_grad_sq", lambda s: by_activation(s).double().square().sum(0), backward=True
 )

@@ -84,7 +84,7 @@ def together(seen: Routed) -> Float64[Tensor, "E E"]:
 
 APART = Statistic("router_distance", of_block=distances)
 PRODUCTS = Statistic("weight_products", of_block=products)
-TOGETHER = Statistic("together", of_router=together)
+TOGETHER = Statistic("together", of_router=together, pairs=True)
 
 
 def needs(options: Options) -> tuple[Statistic, ...]:

@@ -1,0 +1,164 @@
+"""Experts first and weights after, or weights alone: the loss at equal shares of 0.
+
+    python experiments/stun/measure.py MODEL --data TRAIN.jsonl.xz --text VAL/*.txt -o RESULTS.json
+    python experiments/stun/measure.py --tables RESULTS.json ...      this folder's README.md anew
+
+Calibrates once a model; every row is applied, written and loaded again, and measured on the same windows.
+A file that is there already is added to: only rows that it lacks are measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moecule.apply import apply_plan
+from moecule.ask import Ask, decide
+from moecule.calibrate import collect
+from moecule.data import Sampling, all_windows, read_texts
+from moecule.folder import write_config
+from moecule.inventory import take_inventory
+from moecule.measure import device_name, window_losses
+from moecule.plan import Plan
+from moecule.recipe import Recipe, load_recipe, part_of
+from moecule.session import Compute, load, stream, tokenizer_of
+from moecule.text import calibration_batches
+from moecule.writer import Writer
+
+HERE = Path(__file__).parent
+COMPUTE = Compute(dtype="float32")
+WINDOW, SAMPLES, WINDOWS = 512, 32, 4
+TOTALS = (0.4, 0.6)
+FIRST = (0.125, 0.25)
+MASK: dict[str, Any] = {
+    "sparsify.method": "owl",
+    "sparsify.m": 3.0,
+    "mask.method": "wanda",
+}
+STRUCTURED: dict[str, tuple[str, dict[str, Any]]] = {
+    "STUN, one threshold": ("stun", {}),
+    "Z-code, over all layers": ("zcode", {**MASK, "score.budget": "model"}),
+}
+ALONE: dict[str, dict[str, Any]] = {
+    "OWL, m = 3": {"sparsify.m": 3.0},
+    "Wanda, evenly": {"sparsify.width": 0.0},
+}
+
+
+def cases() -> dict[tuple[str, float, float], tuple[Recipe, Ask]]:
+    """{(row, total, share of experts that goes first): what is asked}"""
+    out = {}
+    for total in TOTALS:
+        for row, changes in ALONE.items():
+            recipe = load_recipe("owl", {**changes, "sparsify.share": total})
+            out[row, total, 0.0] = (recipe, Ask())
+        for first in FIRST:
+            share = 1 - (1 - total) / (1 - first)
+            for row, (name, changes) in STRUCTURED.items():
+                recipe = load_recipe(name, {**changes, "sparsify.share": share})
+                out[row, total, first] = (recipe, Ask(drop=first))
+    return out
+
+
+def zeros_in(plan: Plan) -> float:
+    """The share of the experts' weights that the plan removes or makes 0."""
+    kept = {i: sum(str(f) != "drop" for f in of) for i, of in plan.layers.items()}
+    density = plan.sparse.density if plan.sparse is not None else {}
+    left = sum(n * density.get(i, 1.0) for i, n in kept.items())
+    return 1 - left / sum(map(len, plan.layers.values()))
+
+
+def measure(name: str, args: argparse.Namespace) -> None:
+    """All rows of one model that the file lacks; it is written after each."""
+    streamed = stream(name, COMPUTE)
+    inventory, sampling = take_inventory(streamed), Sampling(samples=SAMPLES, length=WINDOW)
+    batches, wanted = calibration_batches(streamed, args.data, sampling), cases()
+    needs = dict.fromkeys(s for recipe, _ in wanted.values() for s in recipe.counted())
+    stats = dict(collect(streamed, batches, [*needs]))
+    tokenizer = tokenizer_of(streamed.checkpoint.path)
+    windows = {
+        Path(t).stem: all_windows(tokenizer, read_texts(t), WINDOW)[:WINDOWS] for t in args.text
+    }
+
+    def losses(model: Any) -> dict[str, list[float]]:
+        return {f: window_losses(model, w, 4).tolist() for f, w in windows.items()}
+
+    file = Path(args.out)
+    original = load(name, COMPUTE)
+    doc: dict[str, Any] = {"model": Path(name).name, "device": device_name(original.device)}
+    doc |= {"original": losses(original), "rows": []}
+    doc = json.loads(file.read_text()) if file.is_file() else doc
+    known = {(r["row"], r["total"], r["first"]) for r in doc["rows"]}
+    for (row, total, first), (recipe, ask) in wanted.items():
+        if (row, total, first) in known:
+            continue
+        start, opened = time.perf_counter(), stream(name, COMPUTE)
+        made = decide(recipe, ask, stats, inventory)
+        made = Plan(**{**vars(made), "digest": opened.checkpoint.digest})
+        with tempfile.TemporaryDirectory() as folder:
+            writer = Writer(Path(folder))
+            codec = part_of("encode", made.encode, "encode")
+            done = apply_plan(opened, made, codec, batches, writer)
+            writer.close()
+            write_config(Path(folder), opened.checkpoint, opened.family, made, done)
+            found = losses(load(folder, COMPUTE))
+        of = {"row": row, "total": total, "first": first, "zeros": zeros_in(made), "losses": found}
+        doc["rows"].append(of)
+        file.write_text(json.dumps(doc) + "\n")
+        said = f"{row}, {first:g} of experts, {total:g}: {added(found, doc['original'])[0]:.4f}"
+        print(f"{said} ({of['zeros']:.4f} gone, {time.perf_counter() - start:.0f} s)", flush=True)
+
+
+def added(losses: dict[str, list[float]], original: dict[str, list[float]]) -> tuple[float, float]:
+    """(mean of the files' mean differences, half width of its 95 % interval)"""
+    d = [np.asarray(losses[f]) - np.asarray(original[f]) for f in original]
+    spread = np.sqrt(sum(x.var(ddof=1) / len(x) for x in d)) / len(d)
+    return float(np.mean([x.mean() for x in d])), float(1.96 * spread)
+
+
+def table(doc: dict[str, Any]) -> str:
+    """One model's."""
+    found = {(r["row"], r["first"], r["total"]): r["losses"] for r in doc["rows"]}
+    rows = sorted(
+        {(row, first) for row, first, _ in found},
+        key=lambda at: added(found[(*at, TOTALS[0])], doc["original"])[0],
+    )
+    loss = np.mean([np.mean(v) for v in doc["original"].values()])
+    lines = [f"## {doc['model']} (loss {loss:.4f})\n"]
+    lines.append(f"| experts gone | weights | {' | '.join(f'{t:.0%} in all' for t in TOTALS)} |")
+    lines.append("|---|---|" + "--:|" * len(TOTALS))
+    for row, first in rows:
+        cells = [added(found[row, first, t], doc["original"]) for t in TOTALS]
+        said = f"{first:.1%} by {row} | OWL, m = 3" if first else f"none | {row}"
+        lines.append(f"| {said} | {' | '.join(f'{d:.3f} ± {w:.3f}' for d, w in cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    """Measure, or write the tables below README.md's own words."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--data")
+    parser.add_argument("--text", nargs="+")
+    parser.add_argument("-o", "--out", default="results.json")
+    parser.add_argument("--tables", nargs="+")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.tables:
+        page = HERE / "README.md"
+        own = page.read_text().partition("\n## ")[0].rstrip()
+        tables = [table(json.loads(Path(f).read_text())) for f in args.tables]
+        page.write_text("\n".join([own, "", *tables]))
+        return
+    measure(args.model, args)
+
+
+if __name__ == "__main__":
+    main()
