@@ -1,7 +1,8 @@
 """Every method at equal bytes: loss and accuracy by method and budget, a line a case.
 
     python experiments/equal_bytes/measure.py MODEL ... --data TRAIN.jsonl.xz --text VAL/*.txt
-        -o ROWS.jsonl [--jobs 12] [--samples 64] [--windows 8] [--seeds 0 1 2] [--only TEXT ...]
+        -o ROWS.jsonl [--jobs 12] [--samples 64] [--windows 8] [--seeds 0 1 2]
+        [--only NAME ...] [--at 25% 2.5 ...]
 
 Calibrates a model once a seed, with the sums of all methods; each case is then planned, applied to the
 experts alone (all else stays at 16 bits, nothing is skipped online), written, weighed, loaded and
@@ -100,7 +101,10 @@ def cases(seeds: list[int]) -> list[Case]:
     named = {name: (name, dict[str, Any]()) for name in recipe_names()} | VARIANTS
     out = []
     for name, (recipe, changes) in named.items():
-        made = load_recipe(recipe)
+        made = load_recipe(recipe, changes)
+        # zeros take as many bytes as they did, and what only skips besides is listed already
+        if made.sparsify is not None or (made.drops and made.skip is not None):
+            continue
         if made.drops and made.bits == 16:
             out += [Case(name, "remove", share, recipe, changes) for share in SHARES]
         elif not made.drop:
@@ -254,8 +258,8 @@ def run(model: str, args: argparse.Namespace, out: Path, pool: ProcessPoolExecut
     mine = [row for row in had if row["model"] == Path(model).name]
     known = {json.dumps([r["kind"], r["name"], r["budget"], r["seed"]]) for r in mine}
     wanted = [c for c in cases(args.seeds) if c.key not in known]
-    if args.only:
-        wanted = [c for c in wanted if any(text in c.name for text in args.only)]
+    wanted = [c for c in wanted if args.only is None or c.name in args.only]
+    wanted = [c for c in wanted if args.at is None or str(c.budget) in args.at]
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch, out.open("a") as lines:
         if not any(r["kind"] == "original" for r in mine):
@@ -292,7 +296,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+")
+    parser.add_argument("--only", nargs="+", metavar="NAME")
+    parser.add_argument("--at", nargs="+", metavar="BUDGET")
     args = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
