@@ -275,9 +275,9 @@ def test_the_recipe_puts_channels_of_high_energy_first(tmp_path):
     check_plan(replace(plan, digest=streamed.checkpoint.digest), streamed)
 
 
-@pytest.mark.parametrize(("share", "said"), [("25%", None), ("12.5%", "3 pieces of 56 channels")])
+@pytest.mark.parametrize(("share", "said"), [("25%", None), ("12.5%", "3 pieces of 88 channels")])
 def test_channels_may_go_and_the_others_be_in_pieces(share, said, tmp_path):
-    tiny.save("qwen3_moe", tmp_path, moe_intermediate_size=64)
+    tiny.save("qwen3_moe", tmp_path, moe_intermediate_size=96)
     options = {"allocate.pieces": 3, "group": 32, "channels.budget": "expert"}
     recipe = load_recipe("camera_q", options)
     streamed = tiny.stream(tmp_path)
@@ -285,7 +285,7 @@ def test_channels_may_go_and_the_others_be_in_pieces(share, said, tmp_path):
     inventory = take_inventory(streamed)
     if said is None:
         plan = decide(recipe, Ask(bits=2, drop=share), sums, inventory)
-        assert {str(f) for of in plan.layers.values() for f in of} == {"keep 48ch 2+2bit g32"}
+        assert {str(f) for of in plan.layers.values() for f in of} == {"keep 72ch 2+2+2bit g32"}
         return
     with pytest.raises(RecipeError, match=said):
         decide(recipe, Ask(bits=2, drop=share), sums, inventory)
