@@ -64,11 +64,12 @@ class Hearing:
     moe: Moe
     step: Step
     aside: torch.device | None
+    outputs: bool = True  # also what they give, for `refit`
 
     @cached_property
     def heard(self) -> Heard:
         """One pass of all batches."""
-        with listening(self.moe, self.aside) as heard:
+        with listening(self.moe, self.aside, outputs=self.outputs) as heard:
             self.step.listen()
         return heard
 
@@ -166,8 +167,8 @@ def take_away(
     i, fates = step.index, plan.layers[step.index]
     kept = [e for e, f in enumerate(fates) if isinstance(f, Keep)]
     keeps, narrow = [f for f in fates if isinstance(f, Keep)], None
-    hearing = Hearing(streamed, moe, step, aside)
     fitted = plan.refit and not plan.stays(i)
+    hearing = Hearing(streamed, moe, step, aside, outputs=fitted)
     want = hearing.heard.routed if fitted else []
     if len(kept) < len(fates) and plan.merge is not None:
         part = part_of("plan, merge", plan.merge.how, _joins(fates))
