@@ -24,7 +24,7 @@ from moecule.method import load_method
 from moecule.moe import end_of, experts_of, listening
 from moecule.pack import Codec, pack_experts, pack_weights
 from moecule.packed import Packed
-from moecule.plan import Keep, Plan, Sparse
+from moecule.plan import Keep, Plan
 from moecule.recipe import Part, part_of
 from moecule.sparse import Masker, zero_weights
 from moecule.states import States
@@ -32,6 +32,7 @@ from moecule.unite import check_merges, take_away
 from moecule.walk import Step, Tick, finish, walk
 from moecule.width import width_key
 from moecule.writer import Writer
+from moecule.zeros import Sparse
 
 
 @dataclass
@@ -88,6 +89,9 @@ def check_plan(plan: Plan, streamed: Streamed) -> None:
                 f"plan: layer {i}: a norm ends its experts, and pieces of them do not add up; "
                 "give each expert one width"
             )
+    every = [f for of in plan.layers.values() for f in of]
+    if plan.sparse is not None and any(isinstance(f, Keep) and f.pieces for f in every):
+        raise PlanError("plan: experts in pieces and sparse; wanted one or the other")
     if plan.sparse is not None and not set(plan.sparse.density) <= set(moes):
         raise PlanError(
             f"plan: sparse names layers {sorted(plan.sparse.density)}, of {sorted(moes)}"

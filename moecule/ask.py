@@ -20,10 +20,11 @@ from moecule.merge import Cluster, Merging, weights_of, with_merges
 from moecule.method import Width, load_method
 from moecule.narrow import Narrowing
 from moecule.order import with_order
-from moecule.plan import Plan, Skip, Sparse
+from moecule.plan import Plan, Skip
 from moecule.recipe import AS_IT_IS, Part, Recipe, load_recipe, recipe_names
 from moecule.stats import COUNT, Stats, select
 from moecule.target import check_plan, check_widths, steered, target_of
+from moecule.zeros import Sparse
 
 Make = Callable[[float, float], Plan]  # of a share to drop and a mean of bits
 Widths = Callable[[Kept, float], Mapping[int, tuple[Width, ...]]]

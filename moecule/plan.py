@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moecule.errors import PlanError
 from moecule.packed import WIDTHS
+from moecule.zeros import Sparse
 
 REST = ("attention", "shared", "dense", "router")  # everything in a layer but its routed experts
 
@@ -101,14 +102,6 @@ class Skip:
 
     thresholds: Mapping[int, tuple[float, ...]]  # {layer: ratio to the first expert, rank 1, 2 ...}
     protect: float = 0.0  # share of a prompt's tokens that skip nothing
-
-
-@dataclass(frozen=True)
-class Sparse:
-    """What share of the weights of experts that stay is not 0. Files do not shrink by it."""
-
-    density: Mapping[int, float]  # {layer: of every expert}; of layers not named all stay
-    mask: Mapping[str, Any]  # the method that says which, and its options
 
 
 @dataclass(frozen=True)
@@ -198,8 +191,7 @@ class Plan:
                 "thresholds": _spaced(self.skip.thresholds),
             }
         if self.sparse is not None:
-            density = dict(sorted(self.sparse.density.items()))
-            doc["sparse"] = {"mask": dict(self.sparse.mask), "density": density}
+            doc["sparse"] = self.sparse.as_dict()
         doc["layers"] = {layer: _lines(fates) for layer, fates in sorted(self.layers.items())}
         return yaml.safe_dump(doc, sort_keys=False, width=100)
 
@@ -240,7 +232,7 @@ class Plan:
             skip=_skip(doc["skip"]) if "skip" in doc else None,
             merge=_merges(doc["merge"]) if "merge" in doc else None,
             refit=_refit(doc["refit"]) if "refit" in doc else False,
-            sparse=_sparse(doc["sparse"]) if "sparse" in doc else None,
+            sparse=Sparse.of(doc["sparse"]) if "sparse" in doc else None,
             top_k=_top_k(doc["top_k"]) if "top_k" in doc else None,
             channels=str(doc["channels"]) if "channels" in doc else None,
             made_by=doc["made_by"],
@@ -326,17 +318,6 @@ def _refit(value: Any) -> bool:
     if type(value) is bool:
         return value
     raise PlanError(f"plan: refit has {value!r}, wanted true or false")
-
-
-def _sparse(doc: Any) -> Sparse:
-    try:
-        density = {_number(i, "sparse"): float(d) for i, d in doc["density"].items()}
-        sparse = Sparse(density, dict(doc["mask"]))
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise PlanError(f"plan: sparse wants mask and density per layer, found {doc!r}") from e
-    if not all(0 < d <= 1 for d in density.values()):  # NaN is not, either
-        raise PlanError(f"plan: sparse wants densities above 0 and up to 1, found {doc!r}")
-    return sparse
 
 
 def _top_k(value: Any) -> int:
