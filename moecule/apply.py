@@ -92,6 +92,11 @@ def check_plan(plan: Plan, streamed: Streamed) -> None:
     every = [f for of in plan.layers.values() for f in of]
     if plan.sparse is not None and any(isinstance(f, Keep) and f.pieces for f in every):
         raise PlanError("plan: experts in pieces and sparse; wanted one or the other")
+    if plan.sparse is not None and not plan.leaves_experts:
+        raise PlanError(
+            "plan: sparse, and experts of fewer than 16 bits: rounding has no 0 and would undo it; give "
+            "one or the other"
+        )
     if plan.sparse is not None and not set(plan.sparse.density) <= set(moes):
         raise PlanError(
             f"plan: sparse names layers {sorted(plan.sparse.density)}, of {sorted(moes)}"

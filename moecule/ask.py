@@ -149,7 +149,8 @@ def _going(
     if recipe.cluster is None:
         return Dropping(scores, inventory, spread, ask.clamp)
     clusters = None if stats is None else _clusters(recipe, recipe.cluster, stats, scores)
-    return Merging(scores, inventory, spread, ask.clamp, cluster=clusters)
+    aliased = recipe.into.router == "alias"
+    return Merging(scores, inventory, spread, ask.clamp, cluster=clusters, aliased=aliased)
 
 
 def _clusters(recipe: Recipe, part: Part, stats: Stats, scores: Mapping[int, Tensor]) -> Cluster:
@@ -183,6 +184,12 @@ def _check_bits(recipe: Recipe, ask: Ask, going: Going, share: float) -> None:
         raise RecipeError(
             "experts of many widths can only stay at 16 bits; set channels.budget=expert, which gives all "
             "experts one width, or leave out --bits, --size and --fit"
+        )
+    rounds = bits < AS_IT_IS or (sized and not _drops_to_fit(recipe, ask))
+    if recipe.sparsify is not None and rounds:
+        raise RecipeError(
+            f"recipe {recipe.name} makes weights 0, and rounding, which has no 0, would undo it; give "
+            "--bits 16, or a recipe without [sparsify]"
         )
 
 

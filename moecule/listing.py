@@ -93,8 +93,8 @@ def listing() -> list[Listed]:
 def _is_of(cost: Measured, method: str) -> bool:
     """Whether it is the cost of what this method decides: what to drop, or else how many bits."""
     recipe = load_recipe(cost.recipe)
-    decides = recipe.merge or recipe.score or recipe.choose or recipe.channels or recipe.allocate
-    return decides.method == method
+    removes = recipe.merge or recipe.score or recipe.choose or recipe.channels
+    return (removes or recipe.sparsify or recipe.allocate).method == method
 
 
 def rows(found: Sequence[Listed]) -> list[tuple[str, ...]]:

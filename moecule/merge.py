@@ -25,6 +25,7 @@ class Merging(Dropping):
     """What may go of a model's experts, and into what."""
 
     cluster: Cluster | None = None  # None, before there are statistics: those of low scores go
+    aliased: bool = False  # routers keep the rows of those that go, and pick as many as they did
 
     def kept(self, share: float) -> dict[int, tuple[int, ...]]:
         """The experts that stay when `share` of them goes."""
@@ -33,6 +34,13 @@ class Merging(Dropping):
             return plain
         into = {i: self._into(i, len(ids)) for i, ids in plain.items()}
         return {i: tuple(e for e, to in enumerate(of) if to == e) for i, of in into.items()}
+
+    def check(self, share: float) -> int | None:
+        """As `Dropping.check`; with aliases a router never picks fewer, however few stay."""
+        if not self.aliased:
+            return super().check(share)
+        Dropping(self.scores, self.inventory, self.spread, clamp=True).check(share)
+        return None
 
     def _into(self, layer: int, left: int) -> tuple[int, ...]:
         """For each expert of a layer the one that it goes into, or itself."""

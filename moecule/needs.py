@@ -57,6 +57,7 @@ class Work:
     eager_attention: bool
     backward: bool
     trials: float  # passes through an expert of each of its tokens, besides the layer's own
+    widths: int  # that trials hold an expert's weights at, together
     wants_gram: bool
     searched: bool  # whether sets of experts are tried on a sample of the tokens
 
@@ -120,6 +121,7 @@ def work_of(streamed: Streamed, inventory: Inventory, recipe: Recipe) -> Work:
         eager_attention=config._attn_implementation == "eager",
         backward=any(s.backward for s in needs),
         trials=passes_of(needs, max(m.experts.num_experts / m.top_k for m in moes)),
+        widths=round(passes_of([s for s in needs if s.of_experts is None])),
         searched=any(s.of_block for s in needs),
         wants_gram=(recipe.rounds and load_method(recipe.encode.method, "encode").wants_gram)
         or (recipe.mask is not None and load_method(recipe.mask.method, "mask").wants_gram),
@@ -231,11 +233,11 @@ def _moments(work: Work, out_bytes: int, chunk: int, read: int) -> Moments:
     said = work.tokens * ((1 + work.backward) * hidden * item + 4 * e.n + 8 * work.top_k)
     share = min(work.batch, FULL * work.batch * work.top_k // e.n + 1)
     largest = max(e.gate_up[0] * e.gate_up[1], e.down[0] * e.down[1])
-    widths = round(work.trials)
     # all widths at once, stacked; and what rounding one of the matrices takes
-    trials = widths * (e.weights + largest) * item + (10 * largest * 4 if widths else 0)
+    trials = work.widths * (e.weights + largest) * item
+    trials += 10 * largest * 4 if work.widths else 0
     seen = share * ((5 * hidden + rows + 3 * wide) * item + 32 * hidden)
-    seen += widths * share * (rows + wide + 2 * hidden) * item
+    seen += work.widths * share * (rows + wide + 2 * hidden) * item
     sampled = min(SAMPLE_BYTES, 8 * SAMPLE * e.n * (e.n + hidden))
     return {
         "load": {

@@ -218,7 +218,11 @@ def _recipe(path: Path, doc: dict[str, Any]) -> Recipe:
             f"{path}: both [{able[0]}] and [{able[1]}]; one recipe drops one or the other"
         )
     if not 0 <= drop < 1 or (drop and not able):
-        wanted = "a share of the experts, from 0 to 1" if able else "a [score] table with it"
+        wanted = (
+            "a share of the experts, from 0 to 1"
+            if able
+            else "a [score], [choose] or [channels] table with it"
+        )
         raise RecipeError(f"{path}: drop = {drop:g}, wanted {wanted}")
     allocate = part_of(f"{path} [allocate]", doc["allocate"], "allocate", group)
     if load_method(allocate.method, "allocate").cuts and "channels" not in doc:
@@ -229,6 +233,10 @@ def _recipe(path: Path, doc: dict[str, Any]) -> Recipe:
     given: dict[str, Any] = {key: part_of(f"{path} [{key}]", doc[key], key, group) for key in able}
     if ("sparsify" in doc) != ("mask" in doc):
         raise RecipeError(f"{path}: [sparsify] and [mask] go together; wanted both or none")
+    if "sparsify" in doc and "channels" in doc:
+        raise RecipeError(
+            f"{path}: both [sparsify] and [channels]; weights become 0 in whole experts only"
+        )
     rest = doc.get("rest", {})
     _refuse_unknown(f"{path} [rest]", rest, set(REST))
     given |= {
@@ -266,6 +274,10 @@ def _merging(path: Path, doc: dict[str, Any]) -> dict[str, Any]:
     common = {f.name for f in dataclasses.fields(Into)} & {*table}
     into = _options(Into, {k: table.pop(k) for k in sorted(common)}, f"{path} [merge]")
     if "cluster" not in doc:  # of experts that are dropped, parts go into others
+        if into.router != "rows":
+            raise RecipeError(
+                f"{path} [merge] router = {into.router!r}: rows of experts that are dropped go; wanted rows"
+            )
         return {"merge": part_of(f"{path} [merge]", table, "recombine"), "into": into}
     cluster = part_of(f"{path} [cluster]", doc["cluster"], "cluster")
     return {"cluster": cluster, "merge": part_of(f"{path} [merge]", table, "merge"), "into": into}

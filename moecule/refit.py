@@ -12,7 +12,7 @@ dropping and narrowing as well.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -49,14 +49,21 @@ def refit(
         gram = torch.zeros(width, width, dtype=torch.float64, device=device)
         cross = torch.zeros(height, width, dtype=torch.float64, device=device)
 
-        def acts(b: int, e: int = e, at: Tensor = at, of: Sequence[Tensor] = pairs) -> Tensor:
-            token = of[b] // top_k
-            coef = heard.coef[b].flatten()[of[b]].to(device)
+        # a token may pick an expert twice, where router rows of several are one expert's
+        tokens = {b: (pairs[b] // top_k).unique(return_inverse=True) for b in filled}
+
+        def acts(
+            b: int, e: int = e, at: Tensor = at, of: Sequence[Tensor] = pairs,
+            tokens: Mapping[int, tuple[Tensor, Tensor]] = tokens,
+        ) -> Tensor:  # fmt: skip
+            token, place = tokens[b]
+            each = heard.coef[b].flatten()[of[b]].float()
+            coef = each.new_zeros(len(token)).index_add_(0, place, each).to(device)
             x = heard.x[b][token].to(device)
             return experts[e].act(x)[:, at].float() * coef[:, None]
 
         for b in filled:
-            a, r = acts(b), lacks[b][pairs[b] // top_k].to(device)
+            a, r = acts(b), lacks[b][tokens[b][0]].to(device)
             gram += (a.mT @ a).double()
             cross += (r.mT @ a).double()
         gram, cross = (streamed.ranks.add_up(t) for t in (gram, cross))
@@ -72,5 +79,4 @@ def refit(
         weight[:, at] = made
         for b in filled:
             less = acts(b) @ more.float().mT
-            # a token picks an expert once, so no row is met twice
-            lacks[b][pairs[b] // top_k] -= less.to(lacks[b].device)
+            lacks[b][tokens[b][0]] -= less.to(lacks[b].device)

@@ -70,7 +70,7 @@ def patterns(
         out.parent.mkdir(parents=True, exist_ok=True)
     tick, tasks = ticker(progress, "patterns", len(texts) * len(streamed.layers)), []
     for name, batches in texts.items():
-        needs = tuple(dict.fromkeys((*chosen_recipe.needs(), *SEEN)))
+        needs = tuple(dict.fromkeys((*score.needs(part.options), *SEEN)))
         sums = dict(collect(streamed, ranks.mine(batches), needs, tick))
         scores = [s for _, s in sorted(score.score(sums, part.options).items())]
         tasks.append(task_of(name, len(batches), sums[min(sums)], scores))

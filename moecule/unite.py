@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float64, Int
 from torch import Tensor
 
-from moecule.errors import PlanError
+from moecule.errors import PlanError, RecipeError
 from moecule.experts import Expert, Experts
 from moecule.group import Group, stacked
 from moecule.hf import Streamed
@@ -46,6 +46,16 @@ def check_merges(plan: Plan, layer: int) -> None:
             )
     if merge is None or all(isinstance(f, Keep) for f in fates):
         return
+    joins = _joins(fates)
+    try:
+        part_of("plan, merge", merge.how, joins)
+    except RecipeError as e:
+        raise PlanError(f"plan: layer {layer}: merge: {e}") from e
+    if joins == "recombine" and merge.router != "rows":
+        raise PlanError(
+            f"plan: layer {layer}: {merge.how['method']} moves channels of experts that are dropped, whose "
+            f"rows go; router is {merge.router}, wanted rows"
+        )
     given = len(merge.weights.get(layer, ()))
     if given != len(fates):
         raise PlanError(f"plan: merge: layer {layer} has {given} weights, wanted {len(fates)}")

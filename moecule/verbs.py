@@ -211,6 +211,8 @@ def plan(
             **({"channels": chosen.channels.as_dict()} if chosen.channels else {}),
             **chosen.joining(),
             **({"sparsify": chosen.sparsify.as_dict()} if chosen.sparsify else {}),
+            **({"mask": chosen.mask.as_dict()} if chosen.mask else {}),
+            "group": chosen.group,
             "allocate": chosen.allocate.as_dict(),
             "encode": chosen.encode.as_dict(),
             "rest": {part: str(keep) for part, keep in chosen.rest.items()},

@@ -24,8 +24,10 @@ class Sparse:
     def of(doc: Any) -> Sparse:
         """The inverse of `as_dict`. Raises PlanError for what is none."""
         try:
-            density = {int(i): float(d) for i, d in doc["density"].items()}
+            density = {i: float(d) for i, d in doc["density"].items()}
             sparse = Sparse(density, dict(doc["mask"]))
+            if set(doc) != {"mask", "density"} or any(type(i) is not int for i in density):
+                raise ValueError("other keys, or layers that are no whole numbers")
         except (KeyError, TypeError, AttributeError, ValueError) as e:
             raise PlanError(f"plan: sparse wants mask and density per layer, found {doc!r}") from e
         if not all(0 < d <= 1 for d in density.values()):  # NaN is not, either

@@ -271,7 +271,7 @@ PLANS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "odd width": (layer({"keep 9bit g64": "0-7"}), "'keep 9bit g64' wants 1 to 8 bits"),
     "odd fate": (
         layer({"lose": "0-7"}),
-        "cannot read 'lose'; wanted keep, keep 3bit g64, keep 192ch",
+        r"cannot read 'lose'; wanted keep, keep 3bit g64, keep 3\+2\+1bit g64, keep 192ch, drop, or",
     ),
     "missing layer": (lambda d: d["layers"].pop(1), r"layers \[0, 2\], .* are \[0, 1, 2\]"),
     "dropped attention": (lambda d: d["rest"].update(attention="drop"), "only experts can be drop"),

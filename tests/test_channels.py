@@ -560,6 +560,7 @@ def test_what_is_left_loads_and_weighs_what_was_foreseen(recipe, more, stock, pl
 
 
 @few_tokens
+@pytest.mark.slow
 def test_compress_narrows_and_measures_and_a_fresh_process_agrees(place, tmp_path):
     text = ("--data", place / "text.txt", "--text", place / "text.txt", *SMALL)
     args = ("compress", place / "model", "-o", tmp_path / "out", "--recipe", "heapr", *text)

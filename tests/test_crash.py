@@ -296,6 +296,7 @@ def timeless(monkeypatch) -> None:
     monkeypatch.setattr(compress, "peak_memory", dict)
 
 
+@pytest.mark.slow
 def test_killed_while_it_evaluates_compress_goes_on_there(here, monkeypatch, timeless):
     work, result = VERBS["compress"], here / "out" / "result.json"
     work(here)

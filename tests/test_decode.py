@@ -243,6 +243,7 @@ def test_sizes_are_those_on_disk(case, made):
     assert sizes["bits_per_weight"] == 8 * sizes["expert_bytes"] / weights
 
 
+@pytest.mark.slow
 def test_a_quantised_original_is_compressed_and_compared_with(made, tmp_path):
     folder, _, _ = made("fp8")
     text = tmp_path / "text.txt"

@@ -29,7 +29,7 @@ from moecule.methods import dern, hc_smoe, m_smoe, mergemoe, ream, sub_moe, uncu
 from moecule.moe import by_expert, experts_of, find_layers, find_moe, listening, put_experts
 from moecule.plan import Drop, Keep, Merge, Merges, Plan
 from moecule.recipe import load_recipe, recipe_names
-from moecule.stats import Routed
+from moecule.stats import Block
 from moecule.unite import Hearing, take_away
 from moecule.walk import walk
 
@@ -184,9 +184,8 @@ def test_mergemoe_fits_what_the_mean_cannot_give():
 
 def test_mergemoe_compares_first_matrices():
     experts = Experts(torch.tensor([[[1.0, 0]], [[0, 1]], [[3, 1]]]), torch.ones(3, 2, 1), relu)
-    (of,) = [s.of_experts for s in mergemoe.METHOD.needs(mergemoe.Options()) if s.of_experts]
-    nothing = torch.zeros(0, 3)
-    gram = of(experts)(torch.zeros(0, 2), Routed(nothing, nothing, nothing.long(), nothing))
+    (of,) = [s.of_block for s in mergemoe.METHOD.needs(mergemoe.Options()) if s.of_block]
+    gram = of(Block(experts, torch.zeros(3, 2).double(), 1, {}, lambda kept: 0.0))
     assert gram.tolist() == [[1, 0, 3], [0, 1, 1], [3, 1, 10]]
     score = torch.tensor([2.0, 3, 1]).double()
     assert mergemoe.cluster({"weights": gram}, score, 2, mergemoe.Options()) == (0, 1, 0)
@@ -544,7 +543,7 @@ def narrow(plan: Plan, streamed: Any) -> Plan:
     return replace(plan, layers=layers, order=order, channels="there")
 
 
-@pytest.mark.parametrize("how", ["drop", "rows", "alias", "narrow"])
+@pytest.mark.parametrize("how", ["drop", "rows", "alias", "all in one", "narrow"])
 def test_refitting_never_raises_the_blocks_error(how, checkpoint):
     errors = []
     for refit in (False, True):
@@ -554,9 +553,12 @@ def test_refitting_never_raises_the_blocks_error(how, checkpoint):
             plan = tiny.plan(streamed, lambda i, e: Keep() if e < 5 else Drop())
         if how == "narrow":
             plan = narrow(plan, streamed)
+        if how == "all in one":  # which a token picks as often as it picks
+            plan = tiny.plan(streamed, lambda i, e: Merge(0) if e else Keep())
         weights = {i: tuple(range(8)) for i in plan.layers}
-        if how in ("rows", "alias"):
-            plan = replace(plan, merge=Merges({"method": "hc_smoe"}, how, weights))
+        if how in ("rows", "alias", "all in one"):
+            router = "rows" if how == "rows" else "alias"
+            plan = replace(plan, merge=Merges({"method": "hc_smoe"}, router, weights))
         step, moe = next(walk(streamed, batches)), streamed.moe(0)
         want = Hearing(streamed, moe, step, None).heard.routed
         ragged = take_away(streamed, replace(plan, refit=refit), moe, step, None)
@@ -590,7 +592,8 @@ def test_experts_that_nothing_was_taken_from_are_not_fitted(checkpoint, tmp_path
         (Merge(4), Merges({"method": "hc_smoe"}, "rows", {}), "has 0 weights, wanted 8"),
         (Merge(1), None, "goes into 1, which does not stay"),
         (Merge(9), None, "goes into 9, which does not stay"),
-        (Drop(), Merges({"method": "dern"}, "alias", {i: (1,) * 8 for i in range(3)}), "rows all stay"),
+        (Drop(), Merges({"method": "dern"}, "alias", {i: (1,) * 8 for i in range(3)}), "wanted rows"),
+        (Drop(), Merges({"method": "hc_smoe"}, "rows", {i: (1,) * 8 for i in range(3)}), "no recombine"),
     ],
 )  # fmt: skip
 def test_a_plan_that_cannot_be_is_refused(fate, merges, said, checkpoint, tmp_path):

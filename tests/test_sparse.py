@@ -10,6 +10,7 @@ import torch
 from test_drop import layer, made_of
 from torch import Tensor
 
+from moecule.apply import check_plan
 from moecule.ask import Ask, decide
 from moecule.calibrate import collect
 from moecule.checkpoint import Checkpoint
@@ -217,14 +218,15 @@ def cut(w: Tensor, x: Tensor) -> Tensor:
     return out
 
 
-def test_stun_drops_then_cuts_and_what_stays_may_be_rounded(checkpoint, tmp_path):
-    recipe = load_recipe(
-        "stun", {"sparsify.share": 0.4, "mask.method": "sparsegpt", "encode.method": "rtn"}
-    )
+def test_stun_drops_then_cuts(checkpoint, tmp_path):
+    recipe = load_recipe("stun", {"sparsify.share": 0.4, "mask.method": "sparsegpt"})
     streamed, batches = tiny.stream(checkpoint("qwen3_moe")), tiny.tokens(2)
     sums, inventory = dict(collect(streamed, batches, recipe.needs())), take_inventory(streamed)
-    ask = Ask(drop="25%", bits=8)
-    assert ask.text(recipe) == "drop 25%, 8 bits, 40% of what stays 0 (no fewer bytes)"
+    ask = Ask(drop="25%")
+    assert ask.text(recipe) == "drop 25%, 16 bits, 40% of what stays 0 (no fewer bytes)"
+    for more in ({"bits": 8}, {"size": "1MB"}):  # rounding has no 0
+        with pytest.raises(RecipeError, match="rounding, which has no 0"):
+            Ask(drop="25%", **more).check(recipe, inventory)
     plan = decide(recipe, ask, sums, inventory)
     assert plan.dropped == sum(len(of) for of in plan.layers.values()) // 4
     kept = {i: sum(f != Drop() for f in of) for i, of in plan.layers.items()}
@@ -232,6 +234,12 @@ def test_stun_drops_then_cuts_and_what_stays_may_be_rounded(checkpoint, tmp_path
     assert share == pytest.approx(0.6, abs=1e-4)
     plan = replace(plan, digest=streamed.checkpoint.digest, encode={"method": "rtn"})
     plan = Plan.loads(plan.dumps())
+    rounded = {
+        i: tuple(replace(f, bits=8, group=32) if f != Drop() else f for f in of)
+        for i, of in plan.layers.items()
+    }
+    with pytest.raises(PlanError, match="would undo it"):
+        check_plan(replace(plan, layers=rounded), streamed)
     done = tiny.write(tiny.stream(checkpoint("qwen3_moe")), plan, tmp_path, batches)
     model = tiny.load(tmp_path)
     for batch, hidden in zip(batches, done.last, strict=True):

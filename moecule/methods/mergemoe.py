@@ -21,17 +21,16 @@ Differences from the paper:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float64
 from torch import Tensor
 
-from moecule.experts import Expert, Experts
+from moecule.experts import Expert
 from moecule.group import Group, cosines, mean, nearest
 from moecule.method import Method
-from moecule.stats import COUNT, LayerStats, Routed, Statistic
+from moecule.stats import COUNT, Block, LayerStats, Statistic
 
 ROWS = 64  # of the first matrices that are multiplied at a time
 
@@ -43,18 +42,15 @@ class Options:
     damp: float = 0.01
 
 
-def _weights(experts: Experts) -> Callable[[Tensor, Routed], Tensor]:
-    parts = [part.flatten(1).double() for part in experts.gate_up.split(ROWS, 1)]
-    gram: Tensor = torch.stack([part @ part.mT for part in parts]).sum(0)
-
-    def weights(x: Float[Tensor, "T H"], routed: Routed) -> Float64[Tensor, "E E"]:
-        return gram
-
-    return weights
+def _weights(block: Block) -> Float64[Tensor, "E E"]:
+    gram = torch.zeros(())
+    for rows in block.experts.gate_up.split(ROWS, 1):
+        part = rows.flatten(1).double()
+        gram = part @ part.mT + gram.to(part.device)
+    return gram
 
 
-# it is the same in every batch
-WEIGHTS = Statistic("weights", of_experts=_weights, greatest=True, pairs=True)
+WEIGHTS = Statistic("weights", of_block=_weights, by_expert=True, pairs=True)
 
 
 def cluster(
