@@ -70,7 +70,8 @@ class Model:
             return "", ""
         nats = [added(r, self.whole)[0] for r in found]
         lost = 100 * (hit(self.whole) - np.mean([hit(r) for r in found]))
-        return f"{np.mean(nats):.3f}, {np.std(nats, ddof=1):.3f}", f"{lost:.1f}"
+        spread = f", {np.std(nats, ddof=1):.3f}" if len(nats) > 1 else ""
+        return f"{np.mean(nats):.3f}{spread}", f"{lost:.1f}"
 
 
 def table(model: Model, kind: str, budgets: Sequence[object], middle: object) -> list[str]:
@@ -167,7 +168,7 @@ def measured(models: Sequence[Model]) -> list[dict[str, Any]]:
         ):
             if (
                 "," in name
-                or not models[0].of(kind, name, budget)
+                or not any(m.of(kind, name, budget) for m in models)
                 or (budget == 3.0 and models[0].of(kind, name, 2.5))
             ):
                 continue
