@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -43,6 +43,14 @@ def parse_share(given: float | str) -> float:
 def n_left(e: LayerExperts, share: float) -> int:
     """Experts of a layer that stay, as many in every group of its router."""
     return e.n - e.groups * int(share * (e.n // e.groups) + 1e-9)
+
+
+def first_of(ranked: Sequence[int], left: int, groups: int) -> tuple[int, ...]:
+    """The first `left` of a layer's experts, as many of each group; rising."""
+    size, kept = len(ranked) // groups, list[int]()
+    for g in range(groups):
+        kept += [j for j in ranked if j // size == g][: left // groups]
+    return tuple(sorted(kept))
 
 
 @dataclass(frozen=True)
@@ -79,12 +87,9 @@ class Dropping:
             return self._of_model(share)
         out = {}
         for i, e in self.inventory.experts.items():
-            of, size = self.scores[i].tolist(), e.n // e.groups
-            left, kept = n_left(e, share) // e.groups, list[int]()
-            for g in range(e.groups):
-                ids = range(g * size, (g + 1) * size)
-                kept += sorted(ids, key=lambda j: (-of[j], j))[:left]
-            out[i] = tuple(sorted(kept))
+            of = self.scores[i].tolist()
+            ranked = sorted(range(e.n), key=lambda j: (-of[j], j))
+            out[i] = first_of(ranked, n_left(e, share), e.groups)
         return out
 
     def _room(self, share: float) -> Room:

@@ -10,10 +10,10 @@ Letters for tensor axes, the same in every file:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 Gate = Callable[[Tensor], Tensor]  # [t, R] -> [t, F]: the family's activation and product
@@ -33,6 +33,16 @@ class Expert:
     gate_up_bias: Float[Tensor, " R"] | None = None
     down_bias: Float[Tensor, " H"] | None = None
     end: Gate | None = None  # a norm of the output
+
+    def taken(self, rows: Int[Tensor, " r"], channels: Int[Tensor, " c"]) -> Expert:
+        """Of these channels, in their order; `rows` are theirs of the first matrix."""
+        bias = self.gate_up_bias
+        return replace(
+            self,
+            gate_up=self.gate_up[rows],
+            down=self.down[:, channels],
+            gate_up_bias=None if bias is None else bias[rows],
+        )
 
     def act(self, x: Float[Tensor, "t H"]) -> Float[Tensor, "t F"]:
         """What enters the down projection."""

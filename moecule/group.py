@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Float64, Int
@@ -14,6 +14,7 @@ from moecule.experts import Expert, Experts
 
 Total = Callable[[Callable[[Tensor], Tensor], Sequence[int]], Tensor]
 ROUNDS = 100  # of k-means, at most
+AT_ONCE = 2**22  # numbers of all experts' weights that are multiplied at a time
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,7 @@ def permuted(expert: Expert, rows: Int[Tensor, "F P"], order: Int[Tensor, " F"])
     """The same expert, its channels in that order."""
     at = torch.empty_like(rows.flatten())
     at[rows.flatten()] = rows[order].flatten()
-    bias = expert.gate_up_bias
-    return replace(
-        expert,
-        gate_up=expert.gate_up[at],
-        down=expert.down[:, order],
-        gate_up_bias=None if bias is None else bias[at],
-    )
+    return expert.taken(at, order)
 
 
 def matched(profit: Float[Tensor, "F F"]) -> Int[Tensor, " F"]:
@@ -125,6 +120,17 @@ def by_weights(group: Group) -> Experts:
     """The members, aligned by the inner products of their channels' weights."""
     first = segments(group.experts[0], group.rows)
     return aligned(group, lambda j: first @ segments(group.experts[j], group.rows).mT)
+
+
+def products(of: Sequence[Float[Tensor, "E _ _"]]) -> Float64[Tensor, "E E"]:
+    """Of experts' weights with each other, all matrices of an expert as one vector."""
+    n = len(of[0])
+    total = torch.zeros(n, n, dtype=torch.float64, device=of[0].device)
+    for weight in of:
+        for some in weight.split(max(1, AT_ONCE // weight[:, :1].numel()), dim=1):
+            flat = some.double().flatten(1)
+            total += flat @ flat.mT
+    return total
 
 
 def cosines(gram: Float64[Tensor, "E E"]) -> Float64[Tensor, "E E"]:

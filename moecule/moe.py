@@ -6,7 +6,7 @@ An experts module of transformers says of itself how its weights lie; nothing is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,43 +123,43 @@ def ended(
     return out if end is None else end(out)
 
 
-class _PickedError(Exception):
-    """The router has picked; the rest of the block need not run."""
+class _ReachedError(Exception):
+    """A hook was called; the rest need not run."""
 
 
 @torch.no_grad()
-def router_logits(moe: Moe, run: Callable[[], object]) -> Float[Tensor, "T E"]:
-    """What the block's router says, before it picks, when `run` runs; which ends there."""
-    said: list[Tensor] = []
-
-    def stop(module: Any, args: Any, out: tuple[Tensor, ...]) -> None:
-        said.append(out[0].float())
-        raise _PickedError
-
-    handle = moe.router.register_forward_hook(stop)
-    try:
-        run()
-    except _PickedError:
-        pass
-    finally:
-        handle.remove()
-    return said[0]
-
-
-@torch.no_grad()
-def try_router(moe: Moe, hidden: Float[Tensor, "B S H"]) -> None:
-    """Let the block pick experts, on meta too. Raises what the model raises where it cannot."""
+def until(
+    register: Callable[..., Any], run: Callable[[], object], **how: bool
+) -> tuple[Any, ...] | None:
+    """What a hook is given when `run`, which ends there, first comes to it; None where it does not."""
+    given: list[tuple[Any, ...]] = []
 
     def stop(*args: Any) -> None:
-        raise _PickedError
+        given.append(args)
+        raise _ReachedError
 
-    handle = moe.experts.register_forward_pre_hook(stop)
+    handle = register(stop, **how)
     try:
-        moe.block(hidden)
-    except (_PickedError, NotImplementedError, TypeError):  # picked; or it cannot be tried so
-        pass
+        run()
+    except _ReachedError:
+        return given[0]
     finally:
         handle.remove()
+    return None
+
+
+def router_logits(moe: Moe, run: Callable[[], object]) -> Float[Tensor, "T E"]:
+    """What the block's router says, before it picks, when `run` runs; which ends there."""
+    given = until(moe.router.register_forward_hook, run)
+    assert given is not None  # a MoE block asks its router
+    logits: Tensor = given[2][0]
+    return logits.float()
+
+
+def try_router(moe: Moe, hidden: Float[Tensor, "B S H"]) -> None:
+    """Let the block pick experts, on meta too. Raises what the model raises where it cannot."""
+    with suppress(NotImplementedError, TypeError):  # it cannot be tried so
+        until(moe.experts.register_forward_pre_hook, lambda: moe.block(hidden))
 
 
 def experts_of(module: Any) -> Experts:

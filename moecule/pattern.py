@@ -24,6 +24,7 @@ from jaxtyping import Float, Float64, Int32
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from moecule.drop import IN_GROUP
 from moecule.errors import DataError, RecipeError
 from moecule.files import parse_json, save_whole
 from moecule.stats import Statistic
@@ -32,7 +33,6 @@ By = Literal["spread", "tcess"]
 FORMAT = 1
 SHRINK = 0.03  # of C: off its diagonal it is less by this share, so that few windows will do
 PARTS = ("key", "mean", "scatter", "ranks")
-IN_GROUP = 2  # experts that a router's group must keep, as in drop.py
 
 
 @dataclass(frozen=True)
@@ -193,12 +193,3 @@ class Room:
                 f"{asked}; the router picks among {self.groups} groups, which must keep as many each: "
                 f"give a multiple of {self.groups}, {least} or more"
             )
-
-
-def chosen(ranks: Int32[Tensor, " E"], left: int, room: Room) -> tuple[int, ...]:
-    """The first `left` experts in their order of rank, as many of each group; rising."""
-    size, kept = room.n // room.groups, list[int]()
-    for g in range(room.groups):
-        inside = [e for e in ranks.tolist() if e // size == g]
-        kept += inside[: left // room.groups]
-    return tuple(sorted(kept))

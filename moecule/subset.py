@@ -20,7 +20,7 @@ from jaxtyping import Float64, Int
 from torch import Tensor, nn
 
 from moecule.hf import Streamed
-from moecule.moe import Heard, Moe, by_expert, experts_of, select_experts, set_top_k
+from moecule.moe import Heard, Moe, by_expert, experts_of, select_experts, set_top_k, until
 from moecule.stats import Block
 
 SAMPLE = 4096  # tokens; a batch is taken whole, then so many of it, evenly
@@ -58,33 +58,18 @@ def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return hidden.shape[:-1].numel()
 
 
-class _PickedError(Exception):
-    """The router has picked; the rest of the block need not run."""
-
-    def __init__(self, idx: Tensor, coef: Tensor) -> None:
-        super().__init__()
-        self.idx, self.coef = idx, coef
-
-
-@torch.no_grad()
 def picked(
     moe: Moe, call: tuple[tuple[Any, ...], dict[str, Any]]
 ) -> tuple[Int[Tensor, "T K"], Float64[Tensor, "T K"]]:
     """(experts, coefficients) that the block gives each token of a call, and nothing more."""
-
-    def stop(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        _, idx, coef = (*args, *kwargs.values())
-        raise _PickedError(idx, coef.double())
-
-    handle = moe.experts.register_forward_pre_hook(stop, with_kwargs=True)
     args, kwargs = call
-    try:
-        moe.block(*args, **kwargs)
-    except _PickedError as found:
-        return found.idx, found.coef
-    finally:
-        handle.remove()
-    raise AssertionError("a MoE block has not called its experts")
+    to_experts = moe.experts.register_forward_pre_hook
+    given = until(to_experts, lambda: moe.block(*args, **kwargs), with_kwargs=True)
+    assert given is not None  # a MoE block calls its experts
+    placed: tuple[Tensor, ...] = given[1]
+    named: dict[str, Tensor] = given[2]
+    _, idx, coef = (*placed, *named.values())
+    return idx, coef.double()
 
 
 @contextmanager

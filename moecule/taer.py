@@ -14,12 +14,13 @@ from torch import Tensor
 from moecule.batch import Batch, tokens_of
 from moecule.calibrate import collect
 from moecule.data import room_for
+from moecule.drop import first_of
 from moecule.errors import DataError, OutputError, RecipeError
 from moecule.files import writing
 from moecule.hf import Streamed
 from moecule.method import load_method
 from moecule.moe import experts_of, put_experts, router_logits, select_experts
-from moecule.pattern import SEEN, By, Patterns, Room, chosen, distances, task_of
+from moecule.pattern import SEEN, By, Patterns, Room, distances, task_of
 from moecule.recipe import Recipe, load_recipe, recipe_names
 from moecule.record import record
 from moecule.session import Compute, Progress, memory_bytes, silent, stream, ticker, with_settings
@@ -125,7 +126,7 @@ def retrieve(
         streamed.load_layer(i)
         moe, room = streamed.moe(i), room_of(streamed, i)
         if moe is not None and room is not None:
-            kept = chosen(task.ranks[at], wanted.experts, room)
+            kept = first_of(task.ranks[at].tolist(), wanted.experts, room.groups)
             put_experts(moe.experts, experts_of(moe.experts).select(kept))
             select_experts(moe, kept, room.n)
             at += 1

@@ -45,14 +45,7 @@ def rows_of(module: Any, channels: Int[Tensor, " c"], full: int) -> Int[Tensor, 
 def narrow_expert(module: Any, expert: Expert, channels: Int[Tensor, " c"]) -> Expert:
     """The expert with these channels alone, in their order."""
     at = channels.long().to(expert.down.device)
-    rows = rows_of(module, at, expert.down.shape[1])
-    bias = expert.gate_up_bias
-    return replace(
-        expert,
-        gate_up=expert.gate_up[rows],
-        down=expert.down[:, at],
-        gate_up_bias=None if bias is None else bias[rows],
-    )
+    return expert.taken(rows_of(module, at, expert.down.shape[1]), at)
 
 
 def cut_channels(

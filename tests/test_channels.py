@@ -29,7 +29,7 @@ from moecule.hf import PACKED
 from moecule.inventory import take_inventory, weigh
 from moecule.method import load_all
 from moecule.methods import camera, heapr
-from moecule.moe import by_expert, experts_of, find_layers, find_moe, put_experts
+from moecule.moe import experts_of, find_layers, find_moe
 from moecule.narrow import Narrowing
 from moecule.order import order_digest, order_file, read_plan, save_plan, with_order
 from moecule.plan import Drop, Keep, Plan
@@ -495,16 +495,8 @@ def test_a_narrow_expert_gives_what_the_whole_one_does_without_the_rest(name, ch
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
 def test_permuting_a_models_experts_permutes_which_channels_go(name, checkpoint, tmp_path):
-    model, family = tiny.load(checkpoint(name)), tiny.stream(checkpoint(name)).family
     order = [2, 0, 3, 1, 5, 7, 4, 6]  # within the halves, which are the groups where there are any
-    for one in find_layers(model)[1]:
-        moe = find_moe(one, family)
-        if moe is not None:
-            put_experts(moe.experts, experts_of(moe.experts).select(order))
-            for module, leaf, axis in by_expert(moe, 8):
-                tensor = getattr(module, leaf).data
-                getattr(module, leaf).data = tensor.index_select(axis, torch.tensor(order))
-    model.save_pretrained(tmp_path)
+    tiny.permuted(checkpoint(name), order, tmp_path)
     batches, plans = tiny.tokens(4), []
     for folder in (checkpoint(name), tmp_path):
         streamed = tiny.stream(folder)

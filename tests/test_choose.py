@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,11 +21,10 @@ from moecule.calibrate import collect
 from moecule.drop import Room
 from moecule.errors import RecipeError
 from moecule.experts import Experts
-from moecule.family import load_family
 from moecule.hf import Streamed
 from moecule.inventory import take_inventory
 from moecule.methods import naee, odp, stun
-from moecule.moe import by_expert, experts_of, find_layers, find_moe, put_experts, select_experts
+from moecule.moe import experts_of, find_layers, find_moe, put_experts, select_experts
 from moecule.plan import Drop
 from moecule.recipe import load_recipe
 from moecule.stats import BINS, COUNT, Block, Routed
@@ -163,7 +161,7 @@ def test_one_by_one_every_group_loses_one_at_a_time():
 )
 def test_permuting_a_models_experts_permutes_who_stays(name, of, checkpoint, tmp_path):
     order, recipe = [2, 0, 3, 1, 5, 7, 4, 6], load_recipe(*of)
-    permuted(checkpoint(name), name, order, tmp_path)
+    tiny.permuted(checkpoint(name), order, tmp_path)
     plans = []
     for folder in (checkpoint(name), tmp_path):
         streamed = tiny.stream(folder, torch.float64)
@@ -172,20 +170,6 @@ def test_permuting_a_models_experts_permutes_who_stays(name, of, checkpoint, tmp
     before, after = plans
     assert before != after
     assert {i: tuple(fates[e] for e in order) for i, fates in before.items()} == after
-
-
-def permuted(source: Path, name: str, order: list[int], out: Path) -> None:
-    """The model with its experts in another order, of 8; within the halves, which may be groups."""
-    model, family = tiny.load(source), load_family(name)
-    for one in find_layers(model)[1]:
-        moe = find_moe(one, family)
-        if moe is not None:
-            put_experts(moe.experts, experts_of(moe.experts).select(order))
-            for module, leaf, axis in by_expert(moe, 8):
-                getattr(module, leaf).data = getattr(module, leaf).data.index_select(
-                    axis, torch.tensor(order)
-                )
-    model.save_pretrained(out)
 
 
 def test_a_block_is_as_it_was_after_the_search(checkpoint):

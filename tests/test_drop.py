@@ -28,7 +28,7 @@ from moecule.family import TOP_K_KEYS, load_family
 from moecule.inventory import take_inventory
 from moecule.method import Method, load_all
 from moecule.methods import ean, easy_ep, premoe, reap, seer, unified, zcode
-from moecule.moe import by_expert, experts_of, find_layers, find_moe, listening, put_experts
+from moecule.moe import find_layers, find_moe, listening
 from moecule.plan import Drop, Keep
 from moecule.recipe import load_recipe, recipe_names
 from moecule.stats import DROPPING, Routed, Seen, Statistic
@@ -362,18 +362,9 @@ def test_every_token_counts_for_as_many_experts_as_the_router_picks(name, checkp
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
 def test_permuting_a_models_experts_permutes_what_is_dropped(name, checkpoint, tmp_path):
-    model, family = tiny.load(checkpoint(name)), load_family(name)
     # within the halves, which are the groups where there are any
     order = [2, 0, 3, 1, 5, 7, 4, 6]
-    for one in find_layers(model)[1]:
-        moe = find_moe(one, family)
-        if moe is not None:
-            put_experts(moe.experts, experts_of(moe.experts).select(order))
-            for module, leaf, axis in by_expert(moe, 8):
-                getattr(module, leaf).data = getattr(module, leaf).data.index_select(
-                    axis, torch.tensor(order)
-                )
-    model.save_pretrained(tmp_path)
+    tiny.permuted(checkpoint(name), order, tmp_path)
     batches, plans = tiny.tokens(4), []
     needs = tuple(dict.fromkeys(n for r in SUMMED for n in load_recipe(r).needs()))
     for folder in (checkpoint(name), tmp_path):

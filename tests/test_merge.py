@@ -26,7 +26,7 @@ from moecule.group import Group, kmeans, nearest, permuted, segments, stacked
 from moecule.inventory import take_inventory
 from moecule.merge import Merging
 from moecule.methods import dern, hc_smoe, m_smoe, mergemoe, ream, sub_moe, uncurl
-from moecule.moe import by_expert, experts_of, find_layers, find_moe, listening, put_experts
+from moecule.moe import experts_of, find_layers, find_moe, listening, put_experts
 from moecule.plan import Drop, Keep, Merge, Merges, Plan
 from moecule.recipe import load_recipe, recipe_names
 from moecule.stats import Block
@@ -330,16 +330,8 @@ def counted(checkpoint):
 def test_permuting_a_models_experts_permutes_who_goes_into_whom(
     name, checkpoint, tmp_path, counted
 ):
-    model, family = tiny.load(checkpoint(name)), load_family(name)
     order = [2, 0, 3, 1, 5, 7, 4, 6]  # within the halves, which are the groups where there are any
-    for one in find_layers(model)[1]:
-        moe = find_moe(one, family)
-        if moe is not None:
-            put_experts(moe.experts, experts_of(moe.experts).select(order))
-            for module, leaf, axis in by_expert(moe, 8):
-                tensor = getattr(module, leaf).data
-                getattr(module, leaf).data = tensor.index_select(axis, torch.tensor(order))
-    model.save_pretrained(tmp_path)
+    tiny.permuted(checkpoint(name), order, tmp_path)
     streamed = tiny.stream(tmp_path)
     moved = dict(collect(streamed, tiny.tokens(4), NEEDS)), take_inventory(streamed)
     place = {e: at for at, e in enumerate(order)}

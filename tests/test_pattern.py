@@ -16,6 +16,7 @@ from test_drop import LOGITS
 from torch import Tensor
 
 import moecule
+from moecule.drop import first_of
 from moecule.errors import DataError, RecipeError
 from moecule.methods import premoe
 from moecule.moe import listening
@@ -26,7 +27,6 @@ from moecule.pattern import (
     Patterns,
     Room,
     Task,
-    chosen,
     distances,
     mean_of,
     task_of,
@@ -115,8 +115,8 @@ def test_permuting_experts_permutes_patterns_and_moves_no_task():
 
 def test_as_many_experts_of_every_group_are_chosen():
     ranks = torch.tensor([7, 6, 0, 5, 4, 1, 3, 2]).int()
-    assert chosen(ranks, 4, Room(8, 2)) == (0, 5, 6, 7)
-    assert chosen(ranks, 4, Room(8, 2, 2, 1)) == (0, 1, 6, 7)
+    assert first_of(ranks.tolist(), 4, Room(8, 2).groups) == (0, 5, 6, 7)
+    assert first_of(ranks.tolist(), 4, Room(8, 2, 2, 1).groups) == (0, 1, 6, 7)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_a_tasks_experts_alone_are_the_model_without_the_others(name, checkpoint
     assert got.memory_bytes < of_all.memory_bytes == of_all.whole_bytes == got.whole_bytes
     streamed = tiny.stream(folder)
     room = next(r for i in range(len(streamed.layers)) if (r := room_of(streamed, i)))
-    kept = chosen(found.tasks[0].ranks[0], 4, room)
+    kept = first_of(found.tasks[0].ranks[0].tolist(), 4, room.groups)
     plan = tiny.plan(streamed, lambda i, e: Keep() if e in kept else Drop())
     tiny.write(streamed, plan, tmp_path / "out", [batch])
     want = tiny.logits(tiny.load(tmp_path / "out"), batch)

@@ -22,6 +22,7 @@ from moecule.apply import Applied, apply_plan
 from moecule.checkpoint import Checkpoint
 from moecule.folder import write_config
 from moecule.hf import Streamed, auto_class, open_model, set_experts
+from moecule.moe import by_expert, experts_of, find_layers, find_moe, put_experts
 from moecule.plan import REST, Fate, Keep, Plan, Skip
 from moecule.recipe import part_of
 from moecule.walk import Walked, finish, walk
@@ -32,6 +33,19 @@ FAMILIES = (
     "deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe",
 )  # fmt: skip
 VOCABULARY = 300  # room for every byte and the special tokens
+
+
+def permuted(source: Path, order: Sequence[int], out: Path) -> None:
+    """The model with the 8 experts of every layer in another order."""
+    model, family = load(source), stream(source).family
+    for one in find_layers(model)[1]:
+        moe = find_moe(one, family)
+        if moe is not None:
+            put_experts(moe.experts, experts_of(moe.experts).select(list(order)))
+            for module, leaf, axis in by_expert(moe, 8):
+                tensor = getattr(module, leaf).data
+                getattr(module, leaf).data = tensor.index_select(axis, torch.tensor(order))
+    model.save_pretrained(out)
 
 
 def save(name: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:

@@ -28,11 +28,9 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from moecule.experts import Expert
-from moecule.group import Group, cosines, mean, nearest
+from moecule.group import Group, cosines, mean, nearest, products
 from moecule.method import Method
 from moecule.stats import COUNT, Block, LayerStats, Statistic
-
-ROWS = 64  # of the first matrices that are multiplied at a time
 
 
 @dataclass(frozen=True)
@@ -43,11 +41,7 @@ class Options:
 
 
 def _weights(block: Block) -> Float64[Tensor, "E E"]:
-    gram = torch.zeros(())
-    for rows in block.experts.gate_up.split(ROWS, 1):
-        part = rows.flatten(1).double()
-        gram = part @ part.mT + gram.to(part.device)
-    return gram
+    return products([block.experts.gate_up])
 
 
 WEIGHTS = Statistic("weights", of_block=_weights, by_expert=True, pairs=True)
@@ -65,14 +59,14 @@ def merge(group: Group, options: Options) -> Expert:
     made, members, shares = mean(group.experts, group.shares), group.experts, group.shares.tolist()
     height, width = made.down.shape
 
-    def products(x: Tensor) -> Tensor:
+    def sums(x: Tensor) -> Tensor:
         a = made.act(x).float()
         lacks = -(a @ made.down.float().mT)  # biases are the mean's
         for e, share in enumerate(shares):
             lacks = lacks + share * (members[e].act(x) @ members[e].down.mT).float()
         return torch.cat([a, lacks], 1).mT @ a
 
-    gram, cross = group.total(products, group.everyone).split([width, height])
+    gram, cross = group.total(sums, group.everyone).split([width, height])
     damp = options.damp * gram.diagonal().mean()
     if not damp > 0:  # no token reached them
         return made

@@ -34,10 +34,10 @@ from torch import Tensor
 from moecule.alike import Distances, at_most
 from moecule.drop import Room
 from moecule.errors import RecipeError
+from moecule.group import products
 from moecule.method import Method
 from moecule.stats import COUNT, Block, Routed, Statistic, Stats
 
-ROWS = 2**22  # numbers of all experts' weights that are multiplied at a time
 NEAR = 1e-9  # of a length squared: as near to the mean
 
 
@@ -65,15 +65,9 @@ def distances(block: Block) -> Float64[Tensor, "E E"]:
     return apart.div_(rows.norm().clamp(min=torch.finfo(rows.dtype).tiny))
 
 
-def products(block: Block) -> Float64[Tensor, "E E"]:
+def weight_products(block: Block) -> Float64[Tensor, "E E"]:
     """Of the experts' weights, each expert's as one vector."""
-    e, n = block.experts, len(block.experts)
-    total = torch.zeros(n, n, dtype=torch.float64, device=e.down.device)
-    for weight in (e.gate_up, e.down):
-        for some in weight.split(max(1, ROWS // weight[:, :1].numel()), dim=1):
-            flat = some.double().flatten(1)
-            total += flat @ flat.mT
-    return total
+    return products([block.experts.gate_up, block.experts.down])
 
 
 def together(seen: Routed) -> Float64[Tensor, "E E"]:
@@ -83,7 +77,7 @@ def together(seen: Routed) -> Float64[Tensor, "E E"]:
 
 
 APART = Statistic("router_distance", of_block=distances)
-PRODUCTS = Statistic("weight_products", of_block=products)
+PRODUCTS = Statistic("weight_products", of_block=weight_products)
 TOGETHER = Statistic("together", of_router=together, pairs=True)
 
 
