@@ -52,6 +52,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True, "decoder_sparse_step": 1, "vocab_size": 151936,
         "max_position_embeddings": 40960,
     },
+    "qwen2-57b-a14b": {
+        "model_type": "qwen2_moe", "hidden_size": 3584, "moe_intermediate_size": 2560,
+        "intermediate_size": 18944, "shared_expert_intermediate_size": 20480,
+        "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+        "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False,
+        "decoder_sparse_step": 1, "vocab_size": 151936, "max_position_embeddings": 32768,
+    },
 }  # fmt: skip
 
 

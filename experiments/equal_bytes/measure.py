@@ -1,6 +1,6 @@
 """Every method at equal bytes: loss and accuracy by method and budget, a line a case.
 
-    python experiments/equal_bytes/measure.py MODEL ... --data TRAIN.jsonl.xz --text VAL/*.txt
+    python -m experiments.equal_bytes.measure MODEL ... --data TRAIN.jsonl.xz --text VAL/*.txt
         -o ROWS.jsonl [--jobs 12] [--samples 64] [--windows 8] [--seeds 0 1 2]
         [--only NAME ...] [--at 25% 2.5 ...]
 
@@ -32,32 +32,38 @@ from typing import Any
 import torch
 
 import moecule
-from moecule.apply import apply_plan
+from bench.cases import FLOAT32, calibrated, windows_of, written
 from moecule.ask import Ask, price
 from moecule.batch import Batch
-from moecule.calibrate import collect, countable
-from moecule.data import Sampling, all_windows, read_texts
+from moecule.data import Sampling
 from moecule.errors import RecipeError
-from moecule.folder import write_config
 from moecule.hf import Streamed
 from moecule.inventory import take_inventory, weigh
 from moecule.measure import device_name
-from moecule.recipe import Recipe, load_recipe, part_of, recipe_names
-from moecule.session import Compute, load, open_checkpoint, stream, tokenizer_of
-from moecule.stats import save_layer, save_meta
+from moecule.recipe import Recipe, load_recipe, recipe_names
+from moecule.session import load, open_checkpoint, stream
 from moecule.text import calibration_batches
-from moecule.writer import Writer
 
-COMPUTE = Compute(dtype="float32")
 WINDOW, GROUP = 512, 64
 SHARES = ("12.5%", "25%", "37.5%", "50%")
 BITS = (1.5, 2.0, 2.5, 3.0, 4.0)
 # what methods with three widths choose from: those around the mean
-WIDTHS = {1.5: [1, 2, 3], 2.0: [1, 2, 3], 2.5: [1, 2, 3], 3.0: [2, 3, 4], 4.0: [3, 4, 5]}
+WIDTHS = {
+    1.5: [1, 2, 3],
+    2.0: [1, 2, 3],
+    2.25: [1, 2, 3],
+    2.5: [1, 2, 3],
+    3.0: [2, 3, 4],
+    4.0: [3, 4, 5],
+}
 PLAIN = {f"rest.{part}": 16 for part in ("attention", "shared", "dense", "router")} | {
     "group": GROUP
 }
 REPEATED = ("25%", 2.5)  # budgets measured for every seed
+GROUPS = (
+    "camera_q",
+    "uniform",
+)  # measured in other groups, too: equal true bytes beside other codes
 MERGING = ("hc_smoe", "m_smoe", "mergemoe", "ream", "sub_moe", "uncurl")
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "heapr, by layer": ("heapr", {"channels.budget": "layer"}),
@@ -109,6 +115,10 @@ def cases(seeds: list[int]) -> list[Case]:
             out += [Case(name, "remove", share, recipe, changes) for share in SHARES]
         elif not made.drop:
             out += [_rounded(name, recipe, changes, bits) for bits in BITS]
+    # CAMERA-Q's paper speaks of 2.25 bits: as the mean of its codes, and of all that is stored
+    out += [_rounded("camera_q", "camera_q", {}, 2.25)]
+    for name in GROUPS:
+        out += [_rounded(f"{name}, groups of {n}", name, {"group": n}, 2.0) for n in (32, 128)]
     by_mc = {f"allocate.{k}": v for k, v in load_recipe("mc").allocate.as_dict().items()}
     by_mc = {k: v for k, v in by_mc.items() if k.partition(".")[2] in OF_MC}
     out += [Case("mc alone", "both", bits, "mc", {}) for bits in BITS]
@@ -143,26 +153,6 @@ def budget_of(case: Case, recipe: Recipe, inventory: Any) -> Ask:
     return Ask(size=price(inventory, even), drop=case.drop)
 
 
-def calibrate(
-    model: str, data: str, sampling: Sampling, recipes: list[Recipe], folder: Path
-) -> None:
-    """Statistics of all recipes in one folder, as `moecule.calibrate` writes them for one."""
-    streamed = stream(model, COMPUTE)
-    batches = calibration_batches(streamed, data, sampling)
-    wanted = {s: None for recipe in recipes for s in recipe.counted()}
-    needs = countable(streamed, tuple(wanted), tuple(wanted))
-    for layer, sums in collect(streamed, batches, needs):
-        save_layer(sums, folder, layer)
-    meta = {
-        "model": model,
-        "digest": streamed.checkpoint.digest,
-        "statistics": sorted(s.name for s in needs),
-        "inventory": take_inventory(streamed).as_dict(),
-        "layers": [i for i in range(len(streamed.layers)) if streamed.moe(i)],
-    }
-    save_meta(meta, folder)
-
-
 @torch.no_grad()
 def scored(model: Any, windows: dict[str, torch.Tensor]) -> dict[str, dict[str, list[float]]]:
     """By file and window: loss in nats a token, and share of tokens that were the likeliest."""
@@ -181,9 +171,8 @@ def scored(model: Any, windows: dict[str, torch.Tensor]) -> dict[str, dict[str, 
 
 @cache
 def text_windows(model: str, texts: tuple[str, ...], n: int) -> dict[str, torch.Tensor]:
-    """The first n windows of every file; once a process."""
-    tokenizer = tokenizer_of(open_checkpoint(model).path)
-    return {Path(t).stem: all_windows(tokenizer, read_texts(t), WINDOW)[:n] for t in texts}
+    """Once a process."""
+    return windows_of(model, texts, WINDOW, n)
 
 
 KEPT: dict[
@@ -205,7 +194,7 @@ def measured(case: Case, stats: str, args: argparse.Namespace, model: str) -> di
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     start, recipe = time.perf_counter(), plain(case.recipe, case.changes)
-    streamed = stream(model, COMPUTE)
+    streamed = stream(model, FLOAT32)
     inventory = take_inventory(streamed)
     try:
         plan = moecule.plan(stats, recipe=recipe, ask=budget_of(case, recipe, inventory))
@@ -213,21 +202,16 @@ def measured(case: Case, stats: str, args: argparse.Namespace, model: str) -> di
         print(f"{case.name} {case.budget}: {e}", flush=True)
         return None
     batches = kept_batches(streamed, args.data, args.samples, case.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        writer = Writer(Path(folder))
-        encode = part_of("encode", plan.encode, "encode")
-        done = apply_plan(streamed, plan, encode, batches, writer)
-        writer.close()
-        write_config(Path(folder), streamed.checkpoint, streamed.family, plan, done)
+    with written(streamed, plan, batches) as folder:
         weighed = weigh(open_checkpoint(folder))
-        by_file = scored(load(folder, COMPUTE), text_windows(model, tuple(args.text), args.windows))
+        by_file = scored(load(folder, FLOAT32), text_windows(model, tuple(args.text), args.windows))
     assert sum(weighed["bytes_by_part"].values()) == price(inventory, plan)
     return {
         "model": Path(model).name,
         **{k: getattr(case, k) for k in ("kind", "name", "budget", "seed", "recipe")},
         "expert_bytes": weighed["bytes_by_part"]["experts"],
         "total_bytes": sum(weighed["bytes_by_part"].values()),
-        "device": device_name(COMPUTE.torch_device()),
+        "device": device_name(FLOAT32.torch_device()),
         "by_file": by_file,
         "seconds": round(time.perf_counter() - start, 1),
     }
@@ -235,7 +219,7 @@ def measured(case: Case, stats: str, args: argparse.Namespace, model: str) -> di
 
 def original(model: str, args: argparse.Namespace) -> dict[str, Any]:
     """The line of the model as it is."""
-    loaded, weighed = load(model, COMPUTE), weigh(open_checkpoint(model))
+    loaded, weighed = load(model, FLOAT32), weigh(open_checkpoint(model))
     return {
         "model": Path(model).name,
         "kind": "original",
@@ -267,10 +251,11 @@ def run(model: str, args: argparse.Namespace, out: Path, pool: ProcessPoolExecut
         for seed in dict.fromkeys(c.seed for c in wanted):
             folder = Path(scratch, str(seed))
             folder.mkdir()
-            sampling = Sampling(samples=args.samples, length=WINDOW, seed=seed)
             needing = {(c.recipe, json.dumps(c.changes)): c for c in wanted if c.seed == seed}
             recipes = [plain(c.recipe, c.changes) for c in needing.values()]
-            calibrate(model, args.data, sampling, recipes, folder)
+            streamed = stream(model, FLOAT32)
+            batches = kept_batches(streamed, args.data, args.samples, seed)
+            calibrated(streamed, batches, recipes, folder)
             print(
                 f"{model}, seed {seed}: calibrated, {time.perf_counter() - start:.0f} s", flush=True
             )

@@ -1,6 +1,6 @@
 """This folder's page, its plots and moecule/measured.json, from what `measure.py` wrote.
 
-    python experiments/equal_bytes/tables.py
+    python -m experiments.equal_bytes.tables
 
 The plots need matplotlib.
 """
@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import BITS, REPEATED, SHARES
 
+from bench import cases
+from experiments.equal_bytes.measure import BITS, REPEATED, SHARES
 from moecule.listing import MEASURED
 
 HERE = Path(__file__).parent
@@ -25,9 +26,8 @@ Row = Mapping[str, Any]
 
 def added(row: Row, whole: Row) -> tuple[float, float]:
     """(added loss in nats a token, the mean of the files' means; half width of its 95 % interval)"""
-    d = [np.subtract(of["loss"], whole["by_file"][f]["loss"]) for f, of in row["by_file"].items()]
-    spread = np.sqrt(sum(x.var(ddof=1) / len(x) for x in d)) / len(d)
-    return float(np.mean([x.mean() for x in d])), float(1.96 * spread)
+    losses = ({f: of["loss"] for f, of in r["by_file"].items()} for r in (row, whole))
+    return cases.added(*losses)
 
 
 def hit(row: Row) -> float:

@@ -1,6 +1,6 @@
 """Measure recipes on a model: loss by window at each width, paired with the original's.
 
-    python experiments/mc/measure.py MODEL --data TRAIN.jsonl.xz --text VAL/*.txt -o RESULTS.json
+    python -m experiments.mc.measure MODEL --data TRAIN.jsonl.xz --text VAL/*.txt -o RESULTS.json
         [--jobs 6] [--only NAME ...] [--windows 128]
 
 Calibrates once on 128 windows of DATA, with every statistic that any of the recipes reads, then
@@ -23,24 +23,20 @@ from typing import Any
 import torch
 
 import moecule
+from bench.cases import FLOAT32, windows_of, written
 from moecule import online
-from moecule.apply import apply_plan
 from moecule.calibrate import collect
-from moecule.data import Sampling, all_windows, read_texts
-from moecule.folder import write_config
+from moecule.data import Sampling
 from moecule.inventory import take_inventory, weigh
 from moecule.measure import device_name, window_losses
 from moecule.methods import odp
-from moecule.recipe import Part
-from moecule.session import Compute, load, open_checkpoint, stream, tokenizer_of
+from moecule.session import load, open_checkpoint, stream
 from moecule.stats import save_layer, save_meta
 from moecule.text import calibration_batches
-from moecule.writer import Writer
 
 # the widths that methods with a fixed set choose from: those around the mean
 WIDTHS = {2.5: [1, 2, 3], 2.0: [1, 2, 3], 3.0: [2, 3, 4], 1.5: [1, 2, 3], 4.0: [3, 4, 5]}
 ALL = [1, 2, 3, 4, 5]  # every trial is measured at all of these; a recipe reads its own columns
-COMPUTE = Compute(dtype="float32")
 
 
 def cases() -> dict[str, tuple[str, dict[str, Any], float, bool]]:
@@ -100,13 +96,15 @@ def measure(
     start = time.perf_counter()
     recipe, changes, bits, skip = case
     chosen = moecule.load_recipe(recipe, changes)
-    with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "out"
-        made = moecule.plan(stats, recipe=chosen, ask=moecule.Ask(bits=bits))
-        write(args, made, chosen.encode, out)
+    streamed, made = (
+        stream(args.model, FLOAT32),
+        moecule.plan(stats, recipe=chosen, ask=moecule.Ask(bits=bits)),
+    )
+    batches = calibration_batches(streamed, args.data, Sampling())
+    with written(streamed, made, batches) as out:
         applied = time.perf_counter() - start
-        model, sizes = load(out, COMPUTE), weigh(open_checkpoint(out))
-        windows = evaluation(args, out)
+        model, sizes = load(out, FLOAT32), weigh(open_checkpoint(out))
+        windows = windows_of(out, args.text, 512, args.windows)
         result = {
             "case": name,
             "recipe": recipe,
@@ -123,16 +121,6 @@ def measure(
         f"{name}: {applied:.0f} s to apply, {time.perf_counter() - start:.0f} s in all", flush=True
     )
     return result
-
-
-def write(args: argparse.Namespace, made: moecule.Plan, encode: Part, out: Path) -> None:
-    """What `moecule apply` does, but for opening the folder afresh a hundred times over."""
-    streamed = stream(args.model, COMPUTE)
-    batches = calibration_batches(streamed, args.data, Sampling())
-    writer = Writer(out)
-    done = apply_plan(streamed, made, encode, batches, writer)
-    writer.close()
-    write_config(out, streamed.checkpoint, streamed.family, made, done)
 
 
 def skipping(model: Any, windows: dict[str, torch.Tensor], batch: int) -> dict[str, Any]:
@@ -161,14 +149,6 @@ def by_lot(rate: float, draw: torch.Generator) -> Any:
     return rule
 
 
-def evaluation(args: argparse.Namespace, folder: Path) -> dict[str, torch.Tensor]:
-    """Windows of 512 of each text, at most args.windows of each."""
-    tokenizer = tokenizer_of(folder)
-    return {
-        Path(t).stem: all_windows(tokenizer, read_texts(t), 512)[: args.windows] for t in args.text
-    }
-
-
 def calibrated(args: argparse.Namespace, wanted: dict[str, Any], folder: Path) -> None:
     """Statistics of all cases, trials at all widths, into `folder`."""
     recipes = []
@@ -178,7 +158,7 @@ def calibrated(args: argparse.Namespace, wanted: dict[str, Any], folder: Path) -
         )
         recipes.append(moecule.load_recipe(recipe, {**changes, **wide}))
     needs = sorted({s for r in recipes for s in r.needs()}, key=lambda s: s.name)
-    streamed = stream(args.model, COMPUTE)
+    streamed = stream(args.model, FLOAT32)
     batches = calibration_batches(streamed, args.data, Sampling())
     sums = dict(collect(streamed, batches, needs))
     names = {s.name for s in needs}
@@ -220,8 +200,8 @@ def main() -> None:
         stats, start = Path(scratch) / "stats", time.perf_counter()
         calibrated(args, wanted, stats)
         print(f"calibrated in {time.perf_counter() - start:.0f} s", flush=True)
-        original = load(args.model, COMPUTE)
-        windows = evaluation(args, open_checkpoint(args.model).path)
+        original = load(args.model, FLOAT32)
+        windows = windows_of(args.model, args.text, 512, args.windows)
         base = {f: window_losses(original, w, args.batch).tolist() for f, w in windows.items()}
         device = device_name(original.device)
         del original

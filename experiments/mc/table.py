@@ -1,4 +1,4 @@
-"""Tables from what `measure.py` wrote: python experiments/mc/table.py RESULTS.json ... > README.md
+"""Tables from what `measure.py` wrote: python -m experiments.mc.table RESULTS.json ... > README.md
 
 Added loss is in nats a token over the original, the mean of the files' means; intervals are 95 %
 of the paired differences by window.
@@ -30,9 +30,9 @@ HEAD = """# MC at equal bytes: the whole table
 
 `measure.py` makes the numbers, `table.py` this page:
 
-    python experiments/mc/measure.py MODEL --data text/train_sample.jsonl.xz -o MODEL.json
+    python -m experiments.mc.measure MODEL --data text/train_sample.jsonl.xz -o MODEL.json
         --text text/val/{prose,techdoc,python,c,maths,multilingual}.txt --jobs 13 --threads 1
-    python experiments/mc/table.py qwen3moe-32m.json mixtral-27m.json > experiments/mc/README.md
+    python -m experiments.mc.table qwen3moe-32m.json mixtral-27m.json > experiments/mc/README.md
 
 (as one line each; the calibration text of these numbers was the first 3000 lines of the file)
 

@@ -1,8 +1,8 @@
 """Whose domain is a prompt of, and what does it cost to load that domain's experts alone?
 
-    python experiments/patterns/measure.py MODEL ... --data TRAIN.jsonl.xz --text VAL/*.txt
+    python -m experiments.patterns.measure MODEL ... --data TRAIN.jsonl.xz --text VAL/*.txt
         [--samples 64] [--windows 100] [--pairs 6] [-o RESULTS.json]
-    python experiments/patterns/measure.py --tables RESULTS.json      this folder's README.md anew
+    python -m experiments.patterns.measure --tables RESULTS.json      this folder's README.md anew
 
 Patterns are made of train text, domain by domain. Prompts are the windows of held-out text (and, where
 the rule was chosen, of train text that the patterns have not seen). Loss is measured on the window after
@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.cases import by_domain
 from moecule.calibrate import collect
 from moecule.data import Sampling, all_windows, held_out_windows, read_text, sample_windows
 from moecule.hf import Streamed
@@ -49,10 +50,10 @@ POOLED = "all domains"
 
 HEAD = """# Task patterns: whose domain is a prompt of
 
-    python experiments/patterns/measure.py {models} --data text/train_sample.jsonl.xz
+    python -m experiments.patterns.measure {models} --data text/train_sample.jsonl.xz
         --text text/val/{{prose,techdoc,python,c,maths,multilingual}}.txt
         -o experiments/patterns/results.json
-    python experiments/patterns/measure.py --tables experiments/patterns/results.json
+    python -m experiments.patterns.measure --tables experiments/patterns/results.json
 
 (the first as one line.) PreMoe's retrieval (TAER, arXiv:2505.17639). Patterns of six domains,
 {samples} windows of 512 tokens of train text each; {windows} prompts of 512 tokens a domain from
@@ -72,16 +73,6 @@ and 90 % (mixtral-27m); the domain that both miss most is techdoc. The experts t
 domains together. The exception is `easy_ep` with 4 of 8 on mixtral-27m, where even the own task is no
 better than all domains together. Memory falls by the weights that are not loaded. A domain's prompts are
 one file cut up, so neighbours may be of one document."""
-
-
-def documents(file: Path) -> dict[str, list[str]]:
-    """{domain: its documents} of lines [domain, text]."""
-    found: dict[str, list[str]] = defaultdict(list)
-    for line in read_text(file).split("\n"):
-        if line.strip():
-            domain, text = json.loads(line)
-            found[domain].append(text)
-    return dict(sorted(found.items()))
 
 
 def sums_of(streamed: Streamed, windows: Tensor) -> dict[int, dict[str, Tensor]]:
@@ -185,7 +176,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """One model."""
     start, streamed = time.perf_counter(), stream(name, COMPUTE)
     tokenizer = tokenizer_of(streamed.checkpoint.path)
-    docs, sampling = documents(args.data), Sampling(args.samples, WINDOW, 1)
+    docs, sampling = by_domain(args.data), Sampling(args.samples, WINDOW, 1)
     whole_texts = {t.stem: all_windows(tokenizer, [read_text(t)], WINDOW) for t in args.text}
     texts = {domain: windows[: args.windows] for domain, windows in whole_texts.items()}
     assert sorted(texts) == sorted(docs)  # the same domains

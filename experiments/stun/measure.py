@@ -1,7 +1,7 @@
 """Experts first and weights after, or weights alone: the loss at equal shares of 0.
 
-    python experiments/stun/measure.py MODEL --data TRAIN.jsonl.xz --text VAL/*.txt -o RESULTS.json
-    python experiments/stun/measure.py --tables RESULTS.json ...      this folder's README.md anew
+    python -m experiments.stun.measure MODEL --data TRAIN.jsonl.xz --text VAL/*.txt -o RESULTS.json
+    python -m experiments.stun.measure --tables RESULTS.json ...      this folder's README.md anew
 
 Calibrates once a model; every row is applied, written and loaded again, and measured on the same windows.
 A file that is there already is added to: only rows that it lacks are measured.
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -19,21 +18,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from moecule.apply import apply_plan
+from bench.cases import FLOAT32, added, windows_of, written
 from moecule.ask import Ask, decide
 from moecule.calibrate import collect
-from moecule.data import Sampling, all_windows, read_texts
-from moecule.folder import write_config
+from moecule.data import Sampling
 from moecule.inventory import take_inventory
 from moecule.measure import device_name, window_losses
 from moecule.plan import Plan
-from moecule.recipe import Recipe, load_recipe, part_of
-from moecule.session import Compute, load, stream, tokenizer_of
+from moecule.recipe import Recipe, load_recipe
+from moecule.session import load, stream
 from moecule.text import calibration_batches
-from moecule.writer import Writer
 
 HERE = Path(__file__).parent
-COMPUTE = Compute(dtype="float32")
 WINDOW, SAMPLES, WINDOWS = 512, 32, 4
 TOTALS = (0.4, 0.6)
 FIRST = (0.125, 0.25)
@@ -49,6 +45,8 @@ STRUCTURED: dict[str, tuple[str, dict[str, Any]]] = {
 ALONE: dict[str, dict[str, Any]] = {
     "OWL, m = 3": {"sparsify.m": 3.0},
     "Wanda, evenly": {"sparsify.width": 0.0},
+    "OWL, m = 3, SparseGPT": {"sparsify.m": 3.0, "mask.method": "sparsegpt"},
+    "SparseGPT, evenly": {"sparsify.width": 0.0, "mask.method": "sparsegpt"},
 }
 
 
@@ -77,21 +75,18 @@ def zeros_in(plan: Plan) -> float:
 
 def measure(name: str, args: argparse.Namespace) -> None:
     """All rows of one model that the file lacks; it is written after each."""
-    streamed = stream(name, COMPUTE)
+    streamed = stream(name, FLOAT32)
     inventory, sampling = take_inventory(streamed), Sampling(samples=SAMPLES, length=WINDOW)
     batches, wanted = calibration_batches(streamed, args.data, sampling), cases()
     needs = dict.fromkeys(s for recipe, _ in wanted.values() for s in recipe.counted())
     stats = dict(collect(streamed, batches, [*needs]))
-    tokenizer = tokenizer_of(streamed.checkpoint.path)
-    windows = {
-        Path(t).stem: all_windows(tokenizer, read_texts(t), WINDOW)[:WINDOWS] for t in args.text
-    }
+    windows = windows_of(name, args.text, WINDOW, WINDOWS)
 
     def losses(model: Any) -> dict[str, list[float]]:
         return {f: window_losses(model, w, 4).tolist() for f, w in windows.items()}
 
     file = Path(args.out)
-    original = load(name, COMPUTE)
+    original = load(name, FLOAT32)
     doc: dict[str, Any] = {"model": Path(name).name, "device": device_name(original.device)}
     doc |= {"original": losses(original), "rows": []}
     doc = json.loads(file.read_text()) if file.is_file() else doc
@@ -99,28 +94,16 @@ def measure(name: str, args: argparse.Namespace) -> None:
     for (row, total, first), (recipe, ask) in wanted.items():
         if (row, total, first) in known:
             continue
-        start, opened = time.perf_counter(), stream(name, COMPUTE)
+        start, opened = time.perf_counter(), stream(name, FLOAT32)
         made = decide(recipe, ask, stats, inventory)
         made = Plan(**{**vars(made), "digest": opened.checkpoint.digest})
-        with tempfile.TemporaryDirectory() as folder:
-            writer = Writer(Path(folder))
-            codec = part_of("encode", made.encode, "encode")
-            done = apply_plan(opened, made, codec, batches, writer)
-            writer.close()
-            write_config(Path(folder), opened.checkpoint, opened.family, made, done)
-            found = losses(load(folder, COMPUTE))
+        with written(opened, made, batches) as folder:
+            found = losses(load(folder, FLOAT32))
         of = {"row": row, "total": total, "first": first, "zeros": zeros_in(made), "losses": found}
         doc["rows"].append(of)
         file.write_text(json.dumps(doc) + "\n")
         said = f"{row}, {first:g} of experts, {total:g}: {added(found, doc['original'])[0]:.4f}"
         print(f"{said} ({of['zeros']:.4f} gone, {time.perf_counter() - start:.0f} s)", flush=True)
-
-
-def added(losses: dict[str, list[float]], original: dict[str, list[float]]) -> tuple[float, float]:
-    """(mean of the files' mean differences, half width of its 95 % interval)"""
-    d = [np.asarray(losses[f]) - np.asarray(original[f]) for f in original]
-    spread = np.sqrt(sum(x.var(ddof=1) / len(x) for x in d)) / len(d)
-    return float(np.mean([x.mean() for x in d])), float(1.96 * spread)
 
 
 def table(doc: dict[str, Any]) -> str:
