@@ -41,6 +41,10 @@ MASK: dict[str, Any] = {
 STRUCTURED: dict[str, tuple[str, dict[str, Any]]] = {
     "STUN, one threshold": ("stun", {}),
     "Z-code, over all layers": ("zcode", {**MASK, "score.budget": "model"}),
+    "Z-code, over all layers; SparseGPT": (
+        "zcode",
+        {**MASK, "score.budget": "model", "mask.method": "sparsegpt", "sparsify.width": 0.0},
+    ),
 }
 ALONE: dict[str, dict[str, Any]] = {
     "OWL, m = 3": {"sparsify.m": 3.0},
@@ -119,7 +123,8 @@ def table(doc: dict[str, Any]) -> str:
     lines.append("|---|---|" + "--:|" * len(TOTALS))
     for row, first in rows:
         cells = [added(found[row, first, t], doc["original"]) for t in TOTALS]
-        said = f"{first:.1%} by {row} | OWL, m = 3" if first else f"none | {row}"
+        way, _, mask = row.partition("; ")
+        said = f"{first:.1%} by {way} | {mask or 'OWL, m = 3'}" if first else f"none | {row}"
         lines.append(f"| {said} | {' | '.join(f'{d:.3f} ± {w:.3f}' for d, w in cells)} |")
     return "\n".join([*lines, ""])
 
