@@ -16,16 +16,17 @@ from torch import Tensor
 from moecule import runtime
 from moecule.batch import Batch
 from moecule.errors import PlanError
-from moecule.experts import Expert
+from moecule.experts import Expert, Experts
 from moecule.hf import Streamed
 from moecule.inventory import rest_parts
 from moecule.journal import NO_TRAIL, Trail
 from moecule.method import load_method
 from moecule.moe import end_of, experts_of, listening
 from moecule.pack import Codec, pack_experts, pack_weights
-from moecule.packed import Packed
+from moecule.packed import BLOCK, Packed
 from moecule.plan import Keep, Plan
 from moecule.recipe import Part, part_of
+from moecule.runs import in_runs, run_of
 from moecule.sparse import Masker, zero_weights
 from moecule.states import States
 from moecule.unite import check_merges, take_away
@@ -83,7 +84,7 @@ def check_plan(plan: Plan, streamed: Streamed) -> None:
         if not plan.has_aliases(i):  # the router still picks as it did
             _check_groups(plan, streamed, i, n, kept, top_k)
         experts = experts_of(moe.experts)
-        _check_channels(plan, i, n, experts.down.shape[2])
+        _check_channels(plan, i, n, experts)
         if experts.end is not None and any(isinstance(f, Keep) and f.pieces for f in fates):
             raise PlanError(
                 f"plan: layer {i}: a norm ends its experts, and pieces of them do not add up; "
@@ -111,7 +112,8 @@ def check_plan(plan: Plan, streamed: Streamed) -> None:
             raise PlanError(f"plan: skip: layer {i} has {len(limits)} thresholds, wanted {tail}")
 
 
-def _check_channels(plan: Plan, layer: int, n: int, full: int) -> None:
+def _check_channels(plan: Plan, layer: int, n: int, experts: Experts) -> None:
+    full = experts.down.shape[2]
     keeps = [f for f in plan.layers[layer] if isinstance(f, Keep)]
     widths = {full if k.channels is None else k.channels for k in keeps}
     cut = {len(k.each) for k in keeps}
@@ -128,12 +130,24 @@ def _check_channels(plan: Plan, layer: int, n: int, full: int) -> None:
         )
     if widths == {0}:
         raise PlanError(f"plan: layer {layer}: no expert keeps a channel; wanted some")
-    if len(widths) > 1 and (any(k.bits < 16 for k in keeps) or plan.sparse is not None):
+    if len(widths) > 1 and plan.sparse is not None:
         raise PlanError(
-            f"plan: layer {layer}: experts of many widths can only stay at 16 bits, none of their weights "
-            "made 0; give all of the layer as many channels, or no bits and no sparse"
+            f"plan: layer {layer}: experts of many widths, and sparse; give all of the layer as many "
+            "channels, or no sparse"
         )
-    (pieces,), wide = cut, min(widths)
+    (pieces,), wide, run = cut, min(widths), run_of(keeps, full)
+    if run is not None and (experts.gate_up_bias is not None or experts.end is not None):
+        raise PlanError(
+            f"plan: layer {layer}: this model's experts have biases or end in a norm, so experts of many "
+            "widths can only stay at 16 bits; give all of the layer as many channels, or no bits"
+        )
+    if run is not None and (run % BLOCK or pieces > 1 or any(k.bits == 16 for k in keeps)):
+        raise PlanError(
+            f"plan: layer {layer}: experts of many widths are rounded in runs of {BLOCK} channels, all of "
+            f"them, each to bits of its own; found runs of {run} channels, {pieces} pieces, bits from "
+            f"{min(k.bits for k in keeps)} to {max(k.bits for k in keeps)}; give them multiples of "
+            f"{BLOCK}, one width each and fewer than 16 bits, or all 16"
+        )
     if wide % pieces:
         raise PlanError(
             f"plan: layer {layer}: {pieces} pieces of {wide} channels; wanted a number that divides them"
@@ -307,7 +321,8 @@ def _layer(
         if plan.sparse is not None and density < 1:
             zero_weights(_masker(plan.sparse), streamed, moe, heard, density)
         if rounds:  # else there is nothing to hear for
-            codes, starved = pack_experts(codec, streamed, moe, heard, keeps)
+            cut = in_runs(keeps, experts_of(moe.experts).down.shape[2])
+            codes, starved = pack_experts(codec, streamed, moe, heard, cut)
         if starved:
             step.note["starved"] = {str(i): [kept[e] for e in starved]}
     step.run()

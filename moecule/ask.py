@@ -92,7 +92,7 @@ class Ask:
         size, going = self.size_bytes(inventory), _going(recipe, self, inventory)
         share = 0.0 if _drops_to_fit(recipe, self) else self.share(recipe)
         going.check(share)
-        _check_bits(recipe, self, going, share)
+        _check_bits(recipe, self)
         if size is None:
             recipe.check_bits(recipe.bits if self.bits is None else self.bits)
         elif size < (least := _least(recipe, self, inventory)):
@@ -126,6 +126,13 @@ def _drops_to_fit(recipe: Recipe, ask: Ask) -> bool:
     return sized and recipe.bits == AS_IT_IS and ask.drop is None and recipe.drops
 
 
+def _rounds(recipe: Recipe, ask: Ask) -> bool:
+    """Whether experts that stay get fewer than 16 bits."""
+    bits = recipe.bits if ask.bits is None else ask.bits
+    sized = ask.size is not None or ask.fit is not None
+    return bits < AS_IT_IS or (sized and not _drops_to_fit(recipe, ask))
+
+
 def _going(
     recipe: Recipe, ask: Ask, inventory: Inventory, stats: Stats | None = None
 ) -> Dropping | Narrowing:
@@ -133,10 +140,10 @@ def _going(
     if recipe.channels is not None:
         method, options = load_method(recipe.channels.method, "channels"), recipe.channels.options
         assert method.channels is not None  # load_method saw to it
-        if stats is not None:
-            return Narrowing.of(dict(method.channels(stats, options)), inventory, options)
+        group = recipe.group if _rounds(recipe, ask) else None
         wide = {i: (e.n, e.down[1]) for i, e in inventory.experts.items()}
-        return Narrowing.of(_blank(wide), inventory, options)
+        scores = _blank(wide) if stats is None else dict(method.channels(stats, options))
+        return Narrowing.of(scores, inventory, options, group)
     blank = _blank({i: (e.n,) for i, e in inventory.experts.items()})
     if recipe.choose is not None:
         return _choosing(recipe.choose, ask, inventory, blank, stats)
@@ -176,17 +183,9 @@ def _choosing(
     return Dropping(blank, inventory, spread, ask.clamp, by_set, part="choose")
 
 
-def _check_bits(recipe: Recipe, ask: Ask, going: Going, share: float) -> None:
-    """Raise RecipeError where experts of many widths are to be rounded."""
-    sized = ask.size is not None or ask.fit is not None
-    bits = recipe.bits if ask.bits is None else ask.bits
-    if share and not going.is_even and (bits < AS_IT_IS or (sized and ask.drop is not None)):
-        raise RecipeError(
-            "experts of many widths can only stay at 16 bits; set channels.budget=expert, which gives all "
-            "experts one width, or leave out --bits, --size and --fit"
-        )
-    rounds = bits < AS_IT_IS or (sized and not _drops_to_fit(recipe, ask))
-    if recipe.sparsify is not None and rounds:
+def _check_bits(recipe: Recipe, ask: Ask) -> None:
+    """Raise RecipeError where zeros are to be rounded."""
+    if recipe.sparsify is not None and _rounds(recipe, ask):
         raise RecipeError(
             f"recipe {recipe.name} makes weights 0, and rounding, which has no 0, would undo it; give "
             "--bits 16, or a recipe without [sparsify]"
@@ -248,13 +247,13 @@ def _met(
     keep, counts = cache(going.kept), cache(going.counts)
 
     def make(share: float, bits: float) -> Plan:
-        kept = keep(share)
+        kept, top_k = keep(share), going.check(share)
         if bits == AS_IT_IS:
             given: Mapping[int, tuple[Width, ...]] = {i: (16,) * len(k) for i, k in kept.items()}
         else:
             given = widths(kept, bits)
         layers = fates_of(kept, given, inventory, recipe.group, counts(share))
-        top_k, merge = going.check(share), recipe.merges({})
+        merge = recipe.merges({})
         return Plan("", "", layers, rest=recipe.rest, top_k=top_k, merge=merge, refit=recipe.refit)
 
     share, size = ask.share(recipe), ask.size_bytes(inventory)

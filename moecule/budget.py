@@ -10,6 +10,7 @@ from typing import Any
 from moecule.errors import RecipeError
 from moecule.packed import packed_bytes
 from moecule.plan import REST, Keep, Plan
+from moecule.runs import ids_bytes, in_runs, run_of
 
 ALIAS_BYTES = 4  # int32, of each expert in a layer where experts share weights
 UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12,
@@ -134,10 +135,14 @@ def bytes_by_part(inventory: Inventory, plan: Plan) -> dict[str, int]:
     out = dict.fromkeys(("experts", *REST, "embeddings", "other"), 0)
     for i, e in inventory.experts.items():
         # of many widths, biases of all experts are as long as before
-        kept = {f.channels for f in plan.layers[i] if isinstance(f, Keep)}
+        keeps = [f for f in plan.layers[i] if isinstance(f, Keep)]
+        kept, run = {f.channels for f in keeps}, run_of(keeps, e.down[1]) if keeps else None
+        if run is not None:
+            out["experts"] += ids_bytes(len(keeps), e.down[1], run)
+        out["experts"] += sum(
+            _expert_bytes(e, f, even=len(kept) == 1) for f in in_runs(keeps, e.down[1])
+        )
         for fate in plan.layers[i]:
-            if isinstance(fate, Keep):
-                out["experts"] += _expert_bytes(e, fate, even=len(kept) == 1)
             if isinstance(fate, Keep) or plan.aliased:
                 out["router"] += e.router_bytes
         if plan.has_aliases(i):  # which of those that stay each row is of
@@ -175,6 +180,8 @@ def _expert_bytes(e: LayerExperts, keep: Keep, *, even: bool) -> int:
 
 
 def _weight_bytes(rows: int, columns: int, keep: Keep, item_bytes: int) -> int:
+    if not keep.bits:  # a piece that is not there
+        return 0
     if keep.bits == 16:
         return rows * columns * item_bytes
     return packed_bytes(keep.bits, rows, columns, keep.group)

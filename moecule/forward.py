@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int32
 from torch import Tensor, nn
 
 from moecule.kernels import cpu
@@ -95,9 +95,10 @@ def packed_forward(
     if "into" in self._buffers:  # experts that became part of others
         idx = self.into[idx].to(idx.dtype)
     if self.skip is not None:
-        idx, coef = self.skip(hidden, idx, coef, self.num_experts // self.cuts)
-    if self.cuts > 1:
-        idx, coef = in_pieces(idx, coef, self.cuts, self.num_experts)
+        idx, coef = self.skip(hidden, idx, coef, self.whole)
+    runs = self._buffers.get("runs")
+    if self.cuts > 1 or runs is not None:
+        idx, coef = in_pieces(idx, coef, self.cuts, self.num_experts, runs)
     found = GPU.experts_there(self) if _on_gpu(hidden, coef) else None
     if found is not None:
         made: Tensor = GPU.experts_forward(self, *found, hidden, idx, coef)
@@ -120,9 +121,18 @@ def packed_forward(
 
 
 def in_pieces(
-    idx: Int[Tensor, "T K"], coef: Float[Tensor, "T K"], cuts: int, nobody: int
+    idx: Int[Tensor, "T K"],
+    coef: Float[Tensor, "T K"],
+    cuts: int,
+    nobody: int,
+    runs: Int32[Tensor, "n cuts"] | None = None,
 ) -> tuple[Int[Tensor, "T pieces"], Float[Tensor, "T pieces"]]:
-    """Every piece of each expert, with the expert's coefficient; past the last is `nobody`."""
+    """Every piece of each expert, with the expert's coefficient; past the last is `nobody`.
+
+    `runs` names them where not all experts have as many (runs.ids_of).
+    """
+    if runs is not None:
+        return runs[idx].flatten(1).to(idx.dtype), coef.repeat_interleave(cuts, dim=1)
     at = idx[..., None] * cuts + torch.arange(cuts, device=idx.device)
     return at.clamp(max=nobody).flatten(1), coef.repeat_interleave(cuts, dim=1)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from moecule.budget import Inventory
 from moecule.errors import RecipeError
+from moecule.packed import BLOCK
 
 Spread = Literal["model", "layer", "expert"]
 Order = Mapping[
@@ -38,11 +39,21 @@ class Narrowing:
     inventory: Inventory
     spread: Spread = "model"
     multiple: int = 0  # 0: as torch wants it where all experts get one width, else 1
+    rounds: bool = False  # what stays
 
     @staticmethod
-    def of(scores: Mapping[int, Tensor], inventory: Inventory, options: Any) -> Narrowing:
-        """By the options that all methods of channels have."""
-        return Narrowing(scores, inventory, options.budget, options.multiple)
+    def of(
+        scores: Mapping[int, Tensor], inventory: Inventory, options: Any, group: int | None = None
+    ) -> Narrowing:
+        """By the options that all methods of channels have; `group` of columns where what stays is rounded.
+
+        Experts of many widths are then made of whole groups if they can be, else of blocks of the packed
+        layout, unless the options say another multiple.
+        """
+        multiple, wide = options.multiple, {e.down[1] for e in inventory.experts.values()}
+        if group is not None and not multiple and options.budget != "expert":
+            multiple = next((u for u in (group, BLOCK) if not any(w % u for w in wide)), BLOCK)
+        return Narrowing(scores, inventory, options.budget, multiple, group is not None)
 
     @property
     def run(self) -> int:
@@ -112,6 +123,8 @@ class Narrowing:
         Raises RecipeError for a share that drops no channel, and runs that an expert is not made of.
         """
         widths = sorted({e.down[1] for e in self.inventory.experts.values()})
+        if share and self.rounds:
+            self._check_runs(widths)
         odd = [w for w in widths if w % self.run] if self.multiple >= 0 else widths
         if odd:
             raise RecipeError(
@@ -125,6 +138,16 @@ class Narrowing:
                 f"one; the least is {math.ceil(10**4 / runs) / 10**4:g}"
             )
         return None
+
+    def _check_runs(self, widths: list[int]) -> None:
+        """Raise RecipeError where experts of many widths could not be rounded in runs of whole blocks."""
+        if self.is_even or not (self.run % BLOCK or any(w % BLOCK for w in widths)):
+            return
+        raise RecipeError(
+            f"experts of many widths are rounded in runs of {BLOCK} channels; they have {max(widths)}, and "
+            f"widths in multiples of {self.run} were asked for; set channels.multiple to a multiple of "
+            f"{BLOCK}, or channels.budget=expert, which gives all experts one width"
+        )
 
     @property
     def is_even(self) -> bool:

@@ -64,30 +64,49 @@ def rounded(
     if not keeps:
         return []
     cuts = len(keeps[0].each)
-    if cuts == 1:
+    if not keeps[0].pieces:
         return [[packed] for packed in encode(w, gram, keeps)]
     found: list[list[Packed | None]]
     if name == "down":
         found = _columns(encode, w.float().clone(), gram, keeps)
     else:
-        rows = rows_of_pieces(module, cuts, channels_of(module, w))
-        found = [
-            encode(w[:, at.to(w.device)], gram, [k.each[p] for k in keeps])
-            for p, at in enumerate(rows)
-        ]
+        rows, found = rows_of_pieces(module, cuts, channels_of(module, w)), []
+        for p, at in enumerate(rows):
+            there = _there(keeps, p)
+            own = None if gram is None else gram[there]
+            made = encode(w[there][:, at.to(w.device)], own, [keeps[e].each[p] for e in there])
+            found.append(_spread(made, there, len(keeps)))
     return [list(of) for of in zip(*found, strict=True)]
+
+
+def _there(keeps: Sequence[Keep], piece: int) -> list[int]:
+    """The experts that have such a piece; of 0 bits it is not there."""
+    return [e for e, k in enumerate(keeps) if k.each[piece].bits]
+
+
+def _spread(made: Sequence[Packed | None], there: Sequence[int], n: int) -> list[Packed | None]:
+    """By expert."""
+    by = dict(zip(there, made, strict=True))
+    return [by.get(e) for e in range(n)]
 
 
 def put_together(
     module: Any, name: str, pieces: Sequence[Packed | None], weight: Float[Tensor, "M N"]
 ) -> None:
     """Overwrite one expert's matrix with what its codes stand for, where there are any."""
-    made = [p.dequantize(weight.dtype) for p in pieces if p is not None]
-    if name == "down" or len(pieces) == 1:
-        weight.copy_(torch.cat(made, 1) if made else weight)
-        return
-    rows = rows_of_pieces(module, len(pieces), channels_of(module, weight))
-    weight[torch.cat(rows).to(weight.device)] = torch.cat(made)
+    full = weight.shape[1] if name == "down" else channels_of(module, weight)
+    if name == "down":
+        rows = list(torch.arange(full).split(full // len(pieces)))
+    else:
+        rows = rows_of_pieces(module, len(pieces), full)
+    for at, packed in zip(rows, pieces, strict=True):
+        if packed is not None:
+            there = at.to(weight.device)
+            made = packed.dequantize(weight.dtype)
+            if name == "down":
+                weight[:, there] = made
+            else:
+                weight[there] = made
 
 
 def channels_of(module: Any, first: Float[Tensor, "*E R N"]) -> int:
@@ -108,15 +127,16 @@ def _columns(
     order = list(reversed(range(cuts)))
     for n, p in enumerate(order):
         own, rest = runs[p], torch.cat([runs[q] for q in order[n + 1 :]] or [runs[p][:0]])
-        grams, back = None, list[Tensor]()
-        if gram is not None:
-            parted = [_parted(h.double(), own, rest) for h in gram]
+        grams, back, there = None, list[Tensor](), _there(keeps, p)
+        if gram is not None and there:
+            parted = [_parted(gram[e].double(), own, rest) for e in there]
             grams, back = torch.stack([s.float() for s, _ in parted]), [b for _, b in parted]
-        found[p] = encode(left[:, :, own], grams, [k.each[p] for k in keeps])
-        for w, packed, by in zip(left, found[p], back, strict=False):
+        made = encode(left[there][:, :, own], grams, [keeps[e].each[p] for e in there])
+        found[p] = _spread(made, there, len(keeps))
+        for e, packed, by in zip(there, made, back, strict=False):
             assert packed is not None  # no piece stays at 16 bits
-            off = w[:, own] - packed.dequantize(torch.float32)
-            w[:, rest] += (off.double() @ by).float()
+            off = left[e][:, own] - packed.dequantize(torch.float32)
+            left[e][:, rest] += (off.double() @ by).float()
     return [found[p] for p in range(cuts)]
 
 

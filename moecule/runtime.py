@@ -35,6 +35,7 @@ from moecule.packed import Packed, packed_of, words_per_row
 from moecule.pieces import bias_of_pieces
 from moecule.plan import Keep
 from moecule.ragged import Ragged
+from moecule.runs import ids_of, in_runs, run_of
 
 MODEL_TYPE = "moecule"
 FORMAT = 1
@@ -116,6 +117,10 @@ def prepare_experts(module: Any, keeps: Sequence[Keep]) -> None:
         up, down = up.mT, down.mT
     dtype, n, full, cuts = up.dtype, len(keeps), down.shape[2], len(keeps[0].each)
     widths = [full if k.channels is None else k.channels for k in keeps]
+    run, whole = run_of(keeps, full), keeps
+    if run is not None:  # packed, of many widths
+        module.register_buffer("runs", ids_of(keeps, full, run).to(down.device))
+        keeps, cuts, widths = in_runs(keeps, full), full // run, [full]
     ragged = len(set(widths)) > 1
     if not ragged:
         left = widths[0]
@@ -123,7 +128,7 @@ def prepare_experts(module: Any, keeps: Sequence[Keep]) -> None:
             "gate_up": (up.shape[1] * left // full // cuts, up.shape[2]),
             "down": (down.shape[1], left // cuts),
         }
-    each = [piece for k in keeps for piece in k.each]
+    each = [piece for k in keeps for piece in k.each if piece.bits]
     if module.has_bias:
         for name in (f"{first}_bias", "down_proj_bias"):
             long = cuts * shapes["gate_up"][0] if name.startswith(first) and not ragged else None
@@ -143,7 +148,8 @@ def prepare_experts(module: Any, keeps: Sequence[Keep]) -> None:
             {_kind(k): Stack(sum(k == have for have in each), shapes, k, dtype) for k in kinds}
         )
         module.slots = [(_kind(k), each[:e].count(k)) for e, k in enumerate(each)]
-    module.num_experts, module.cuts = len(each), cuts  # pieces run as experts of their own
+    # pieces run as experts of their own
+    module.num_experts, module.cuts, module.whole = len(each), cuts, len(whole)
     module.skip, module.exact = None, True
     module.uses = None  # of each expert, where `offload` counts them
 
@@ -160,8 +166,10 @@ def fill_experts(
 ) -> None:
     """Put codes, or the weights of experts at 16 bits, where `prepare_experts` made room.
 
-    `packed` has those of every piece, of the first expert first.
+    `packed` has those of every piece, of the first expert first; None of those that are not there.
     """
+    if "runs" in module._buffers:
+        packed = {name: [p for p in of if p is not None] for name, of in packed.items()}
     dense = {"gate_up": experts.gate_up, "down": experts.down}
     for e, (kind, row) in enumerate(module.slots):
         for name, weights in dense.items():

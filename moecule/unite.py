@@ -29,8 +29,9 @@ from moecule.moe import (
 from moecule.plan import Drop, Fate, Keep, Merge, Merges, Plan
 from moecule.recipe import Part, part_of
 from moecule.refit import refit
+from moecule.runs import run_of
 from moecule.walk import Step
-from moecule.width import cut_channels, rows_of, stay_of
+from moecule.width import cut_channels, rows_of, stay_of, widths_of
 
 
 def check_merges(plan: Plan, layer: int) -> None:
@@ -194,6 +195,8 @@ def take_away(
     if fitted:
         heard = Hearing(streamed, moe, step, aside).heard
         stay = None if narrow is None else stay_of(keeps, plan.order[i][kept])
+        if run_of(keeps, plan.order[i].shape[1] if i in plan.order else 0) is not None:
+            stay = [torch.arange(n) for n in widths_of(keeps, plan.order[i].shape[1])]
         refit(streamed, experts_of(moe.experts), heard, want, stay)
         if narrow is not None and stay is not None:
             narrow = [

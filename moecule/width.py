@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Int, Int32
+from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
 from moecule.experts import Expert
@@ -16,6 +16,7 @@ from moecule.hf import WRONG, Streamed, auto_class, quiet, set_experts
 from moecule.moe import Moe, experts_in, experts_of, put_experts
 from moecule.narrow import ALIGNED
 from moecule.plan import Keep
+from moecule.runs import run_of
 
 
 def widths_of(keeps: Sequence[Keep], full: int) -> list[int]:
@@ -31,6 +32,11 @@ def stay_of(keeps: Sequence[Keep], order: Int32[Tensor, "E F"]) -> list[Int32[Te
     widths = widths_of(keeps, order.shape[1])
     stay = zip(order, widths, keeps, strict=True)
     return [of[:n] if k.pieces else of[:n].sort().values for of, n, k in stay]
+
+
+def zero_channels(down: Float[Tensor, "H F"], gone: Int[Tensor, " c"]) -> None:
+    """Let the expert add nothing for these channels, in place."""
+    down[:, gone.to(down.device)] = 0
 
 
 def rows_of(module: Any, channels: Int[Tensor, " c"], full: int) -> Int[Tensor, " R"]:
@@ -54,19 +60,18 @@ def cut_channels(
     """Let the experts have the channels that stay, in place; `order` is of those that are there.
 
     Of one width they become narrower. Of many, what the other channels give is multiplied by 0, and the
-    narrow experts are returned besides. Channels keep the order they had, but for experts in pieces, whose
-    channels come in `order`.
+    narrow experts are returned besides, if they stay at 16 bits. Channels keep the order they had, but for
+    experts in pieces or in runs, whose channels come in `order`.
     """
     experts = experts_of(moe.experts)
     full = experts.down.shape[2]
     widths = widths_of(keeps, full)
-    stay = stay_of(keeps, order)
-    if len(set(widths)) > 1:
+    runs = run_of(keeps, full) is not None
+    stay = list(order) if runs else stay_of(keeps, order)
+    if len(set(widths)) > 1 and not runs:
         narrow = [narrow_expert(moe.experts, experts[e], at) for e, at in enumerate(stay)]
-        for e, at in enumerate(stay):
-            gone = torch.ones(full, dtype=torch.bool)
-            gone[at.long()] = False
-            experts.down[e][:, gone.to(experts.down.device)] = 0
+        for e, n in enumerate(widths):
+            zero_channels(experts.down[e], order[e, n:].long())
         return narrow
     device = experts.down.device
     at = torch.stack(stay).long().to(device)
@@ -78,6 +83,8 @@ def cut_channels(
         down=experts.down.mT[each, at].mT.contiguous(),
         gate_up_bias=None if bias is None else bias[each, rows],
     )
+    for e, n in enumerate(widths if runs else ()):
+        zero_channels(made.down[e], torch.arange(n, full))
     put_experts(moe.experts, made)
     if any(p.shape[-1] * p.element_size() % 16 for p in moe.experts.parameters()):
         set_experts(streamed.model, "eager")  # as hf.choose_experts

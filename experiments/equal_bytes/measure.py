@@ -76,7 +76,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"{name}, aliased": (name, {"merge.router": "alias"}) for name in MERGING},
     **{f"dern, threshold {t:g}": ("dern", {"merge.threshold": t}) for t in (0.0, 0.25, 0.75, 1.0)},
 }
-BOTH = ("reap", "ean", "easy_ep", "premoe", "heapr, one width")  # rounded after they have dropped
+# rounded after they have dropped
+BOTH = ("reap", "ean", "easy_ep", "premoe", "heapr, one width", "heapr", "heapr, in sum")
+MANY = ("heapr", "heapr, in sum")  # of these also when more goes
 OF_MC = ("method", "bits", "error", "alpha", "beta", "floor", "budget", "clip")
 
 
@@ -124,7 +126,10 @@ def cases(seeds: list[int]) -> list[Case]:
     out += [Case("mc alone", "both", bits, "mc", {}) for bits in BITS]
     for name in BOTH:
         recipe, changes = named[name]
-        for share, budgets in ((SHARES[0], BITS), (SHARES[1], (2.0, 3.0, 4.0))):
+        few, more = (SHARES[0], BITS), (SHARES[1], (2.0, 3.0, 4.0))
+        for share, budgets in (
+            zip(SHARES[:3], [BITS] * 3, strict=True) if name in MANY else (few, more)
+        ):
             title = f"{name} {share}, then mc"
             out += [Case(title, "both", bits, recipe, changes | by_mc, share) for bits in budgets]
     again = [

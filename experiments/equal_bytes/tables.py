@@ -21,6 +21,7 @@ from moecule.listing import MEASURED
 HERE = Path(__file__).parent
 LEVELS = (0.125, 0.15, 0.175, 0.2, 0.25, 0.3, 0.5, 0.625, 0.75, 0.875)  # of the experts' bytes
 KINDS = {"remove": "removing", "round": "rounding", "both": "removing, then rounding"}
+COMPOSED = ("heapr, in sum 25%, then mc", "heapr_mc")  # the case that the packaged recipe is
 Row = Mapping[str, Any]
 
 
@@ -180,7 +181,12 @@ def measured(models: Sequence[Model]) -> list[dict[str, Any]]:
             out.append(
                 {"recipe": name, "at": at, "added_nats": nats, "source": "experiments/equal_bytes"}
             )
-    return out
+    name, made = COMPOSED
+    of = {m.whole["model"]: m.of("both", name, 2.5)[0] for m in models}
+    by_model = {m.whole["model"]: m.whole for m in models}
+    nats = {n: round(added(row, by_model[n])[0], 4) for n, row in of.items()}
+    at, source = "the bytes of 2.5 bits", "experiments/equal_bytes"
+    return [*out, {"recipe": made, "at": at, "added_nats": nats, "source": source}]
 
 
 def page(models: Sequence[Model]) -> str:
