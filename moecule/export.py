@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -17,14 +18,14 @@ from torch import Tensor
 from moecule.budget import format_size
 from moecule.errors import RecipeError, VerifyError
 from moecule.files import write_text, writing
-from moecule.session import Compute, Progress, fits, load, silent, stream_any, ticker, tokenizer_of
+from moecule.session import Compute, Progress, load, silent, ticker, tokenizer_of
+from moecule.states import free_host_bytes
 from moecule.writer import check_out, move_into
 
 if TYPE_CHECKING:
     from moecule.exports.change import Change
     from moecule.exports.contents import Contents
 
-FORMATS = ("gguf",)
 RECORD = "export.json"
 GGUF = "model.gguf"
 
@@ -69,7 +70,11 @@ def export(
     write = _writer(to)
     from moecule.exports.contents import Contents
 
-    check_out(out, {RECORD, GGUF})
+    if types and to != "gguf":
+        raise RecipeError(
+            f"--type is of gguf, and --to {to} has one way to store a width; leave it out"
+        )
+    check_out(out, set())
     contents = Contents.open(model)
     with _made_aside(out) as made:
         changes, checked, kl = write(contents, made, types, progress)
@@ -84,22 +89,22 @@ def export(
 
 
 Made = tuple["tuple[Change, ...]", str, float | None]  # changes, who opened it, KL
+Writing = Callable[["Contents", Path, Sequence[str], Progress], Made]
 
 
-def _writer(to: str) -> Callable[[Contents, Path, Sequence[str], Progress], Made]:
+def _writer(to: str) -> Writing:
     if to not in FORMATS:
         raise RecipeError(f"--to {to!r} is not known; wanted {' or '.join(FORMATS)}")
-    try:
-        import gguf  # noqa: F401
-    except ImportError as e:
-        raise RecipeError(f"--to {to} needs {e.name}: pip install 'moecule[export]'") from e
-    return _gguf
+    needed, write = FORMATS[to]
+    if needed is not None and importlib.util.find_spec(needed) is None:
+        raise RecipeError(f"--to {to} needs {needed}: pip install 'moecule[export]'")
+    return write
 
 
 @contextmanager
 def _made_aside(out: Path) -> Iterator[Path]:
     """A folder beside `out`, empty; gone when this ends."""
-    made = out.absolute().with_name(f".{out.absolute().name}.partial")
+    made = out.absolute().with_name(f".{out.absolute().name}.export")
     with writing(made):
         shutil.rmtree(made, ignore_errors=True)  # of a run that was killed
         made.mkdir(parents=True)
@@ -118,9 +123,35 @@ def _gguf(contents: Contents, made: Path, types: Sequence[str], progress: Progre
         return changes, "read again by gguf; llama-cpp-python is not installed, so not run", None
     progress("run by llama.cpp", 0, 1)
     kl = _compared(contents, changes, lambda ids: llama.logits_of(made / GGUF, ids))
-    return changes, "read again by gguf, run by llama.cpp", kl
+    ran = "run by llama.cpp" if kl is not None else "too large to run here"
+    return changes, f"read again by gguf, {ran}", kl
 
 
+def _compressed(contents: Contents, made: Path, types: Sequence[str], progress: Progress) -> Made:
+    from moecule.exports import compressed
+
+    changes = compressed.write(contents, made, ticker(progress, "export", contents.n_layers + 1))
+    return _by_transformers(contents, made, changes, "compressed_tensors", progress)
+
+
+def _by_transformers(
+    contents: Contents, made: Path, changes: tuple[Change, ...], package: str, progress: Progress
+) -> Made:
+    """Opened by stock transformers with the package that it asks for, if that is there."""
+    from moecule.exports.stock import logits_by_transformers
+
+    if importlib.util.find_spec(package) is None:
+        return changes, f"{package} is not installed, so not opened", None
+    progress("run by transformers", 0, 1)
+    kl = _compared(contents, changes, lambda ids: logits_by_transformers(made, ids))
+    ran = "opened and run" if kl is not None else "too large to open"
+    return changes, f"{ran} by transformers with {package}", kl
+
+
+FORMATS: dict[str, tuple[str | None, Writing]] = {  # what each needs, and what writes it
+    "gguf": ("gguf", _gguf),
+    "compressed-tensors": (None, _compressed),
+}
 TEXT = (
     "Once upon a time, in the year 1984, a girl's dog could not   run fast.\n\nIt was not the first time; "
     'the man said: "Hello, world!" and went away.'
@@ -138,7 +169,8 @@ def _compared(
     Raises VerifyError where it is not a number, or large although weights are the same.
     """
     model, cpu = contents.checkpoint.path, Compute("cpu", "float32")
-    if not fits(stream_any(model, cpu)):
+    dense_bytes = 4 * sum(p.numel() for p in contents.model.parameters())
+    if 1.5 * dense_bytes > free_host_bytes():
         return None
     ids = tokenizer_of(model)(TEXT)["input_ids"]
     with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,14 +20,17 @@ gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install 'm
 from gguf import GGUFReader  # noqa: E402
 from gguf.quants import dequantize  # noqa: E402
 
-from moecule.exports import gguf_file, llama  # noqa: E402
+from moecule.exports import compressed, gguf_file, llama  # noqa: E402
 from moecule.exports.arch import ARCHES  # noqa: E402
 from moecule.exports.blocks import choose_type, decoded, encoded, holds, type_of  # noqa: E402
+from moecule.exports.change import Tally  # noqa: E402
 from moecule.exports.contents import Contents, Weight  # noqa: E402
+from moecule.exports.stock import Widths  # noqa: E402
 
 SIZES = {
     "hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 32,
     "num_attention_heads": 4, "head_dim": 16, "vocab_size": tiny.VOCABULARY, "num_hidden_layers": 2,
+    "shared_expert_intermediate_size": 32,
 }  # fmt: skip
 OWN = {
     "olmoe": {"norm_topk_prob": False, "num_key_value_heads": 4},
@@ -55,6 +59,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, (family, fate) in plans.items():
         streamed, out = tiny.stream(found[family]), tmp_path_factory.mktemp(name)
         made = tiny.plan(streamed, fate, rest={"attention": Keep(4, 64)})
+        tiny.write(streamed, made, out, tiny.tokens())
+        found[name] = out
+    for name, family, bits in (("middle", "qwen2_moe", 4), ("middle8", "mixtral", 8)):
+        streamed, out = tiny.stream(found[family]), tmp_path_factory.mktemp(name)
+        rest = dict.fromkeys(("attention", "shared"), Keep(bits, 32))
+        made = tiny.plan(streamed, lambda i, e, b=bits: Keep(b, 32), rest=rest)
+        made = replace(made, encode={"method": "rtn", "zero": "middle"})
         tiny.write(streamed, made, out, tiny.tokens())
         found[name] = out
     return found
@@ -227,3 +238,61 @@ def test_llama_cpp_encodes_what_gguf_does_not():
     assert 0.4 > errors["Q2_K"] > errors["Q4_K"] > errors["Q6_K"] > 0.01
     with pytest.raises(RecipeError, match="importance matrix"):
         type_of("IQ2_XXS")
+
+
+needs_compressed = pytest.mark.skipif(
+    importlib.util.find_spec("compressed_tensors") is None,
+    reason="compressed-tensors is not installed: pip install 'moecule[export]'",
+)
+
+
+@needs_compressed
+@pytest.mark.parametrize("name", ["middle", "middle8"])
+def test_transformers_computes_the_same_of_compressed_tensors(folders, tmp_path, name):
+    made = export(folders[name], tmp_path / "out", "compressed-tensors")
+    assert made.error == 0 and made.kl_nats < 1e-5  # it multiplies codes and scales in fp16
+    assert "run by transformers" in made.checked
+    said = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert said["model_type"] in ("qwen2_moe", "mixtral") and "moecule" not in said
+    left = [n for n in said["quantization_config"]["ignore"] if n.endswith("gate")]
+    assert len(left) == (4 if name == "middle" else 2)  # routers, and gates of shared experts
+
+
+@needs_compressed
+def test_the_words_are_those_of_compressed_tensors(folders, tmp_path):
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    for bits in (4, 8):
+        value = packed(bits, 2 ** (bits - 1))
+        made = compressed._coded("", value, Tally())
+        codes, scale = compressed.centred(value)
+        assert torch.equal(made["weight_packed"], pack_to_int32(codes.to(torch.int8), bits))
+        assert torch.equal(made["weight_scale"], value.scale) and torch.equal(scale, value.scale)
+        assert made["weight_shape"].tolist() == [8, 192]
+
+
+def test_zero_points_elsewhere_are_rounded_anew_and_the_error_is_said(folders, tmp_path):
+    tally = Tally()
+    compressed._coded("", packed(4, 6.5), tally)
+    (change,) = tally.changes()
+    assert 0.01 < change.error < 0.2 and change.kind == "int4 g64"
+    codes, _ = compressed.centred(packed(3, 3))  # 3 fits 4 codes below 0 and 3 above: not these
+    assert codes.min() >= -4 and codes.max() <= 3
+
+
+def test_what_would_load_as_something_else_is_refused(folders, tmp_path):
+    for name, said in (
+        ("mixed", "experts have several widths .*loaded as if they had one.*--to auto-round"),
+        ("layers", "experts have several widths"),
+        ("mixtral", "stock checkpoint of 16 bits"),
+    ):
+        with pytest.raises(PlanError, match=said):
+            export(folders[name], tmp_path / "out", "compressed-tensors")
+    with pytest.raises(RecipeError, match="--type is of gguf"):
+        export(folders["middle"], tmp_path / "out", "compressed-tensors", types=["Q4_0"])
+    only = Widths({0: (Keep(3, 64),)}, {})
+    with pytest.raises(PlanError, match="experts have 3 bits in groups of 64, .* take 4 or 8 bits"):
+        compressed._one_width(only)
+    with pytest.raises(PlanError, match="192 columns, no whole groups of 128"):
+        compressed._check_columns("x", packed(4, 8, group=128))
+    assert not list(tmp_path.iterdir())
