@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,7 +123,7 @@ def _gguf(contents: Contents, made: Path, types: Sequence[str], progress: Progre
     if not llama.is_there():
         return changes, "read again by gguf; llama-cpp-python is not installed, so not run", None
     progress("run by llama.cpp", 0, 1)
-    kl = _compared(contents, changes, lambda ids: llama.logits_of(made / GGUF, ids))
+    kl = _compared(contents, changes, lambda ids: llama.run_file(made / GGUF, ids))
     ran = "run by llama.cpp" if kl is not None else "too large to run here"
     return changes, f"read again by gguf, {ran}", kl
 
@@ -134,16 +135,26 @@ def _compressed(contents: Contents, made: Path, types: Sequence[str], progress: 
     return _by_transformers(contents, made, changes, "compressed_tensors", progress)
 
 
+def _auto_round(contents: Contents, made: Path, types: Sequence[str], progress: Progress) -> Made:
+    from moecule.exports import auto_round
+
+    changes = auto_round.write(contents, made, ticker(progress, "export", contents.n_layers + 1))
+    return _by_transformers(contents, made, changes, "auto_round", progress)
+
+
 def _by_transformers(
     contents: Contents, made: Path, changes: tuple[Change, ...], package: str, progress: Progress
 ) -> Made:
     """Opened by stock transformers with the package that it asks for, if that is there."""
-    from moecule.exports.stock import logits_by_transformers
+    from moecule.exports import stock
 
+    # auto-round changes how transformers loads a family, for as long as the process lives
+    alone = package == "auto_round"
+    run = stock.logits_in_a_process if alone else stock.logits_by_transformers
     if importlib.util.find_spec(package) is None:
         return changes, f"{package} is not installed, so not opened", None
     progress("run by transformers", 0, 1)
-    kl = _compared(contents, changes, lambda ids: logits_by_transformers(made, ids))
+    kl = _compared(contents, changes, partial(run, made))
     ran = "opened and run" if kl is not None else "too large to open"
     return changes, f"{ran} by transformers with {package}", kl
 
@@ -151,6 +162,7 @@ def _by_transformers(
 FORMATS: dict[str, tuple[str | None, Writing]] = {  # what each needs, and what writes it
     "gguf": ("gguf", _gguf),
     "compressed-tensors": (None, _compressed),
+    "auto-round": (None, _auto_round),
 }
 TEXT = (
     "Once upon a time, in the year 1984, a girl's dog could not   run fast.\n\nIt was not the first time; "

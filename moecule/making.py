@@ -209,7 +209,7 @@ def patterns(
 def export(
     model: Annotated[str, typer.Argument(help="What compress or apply made, or a stock folder.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder for the other engine.")],
-    to: Annotated[str, typer.Option(help="gguf: llama.cpp; compressed-tensors: vLLM.")],
+    to: Annotated[str, typer.Option(help="gguf: llama.cpp; compressed-tensors: vLLM; auto-round.")],
     type_: Annotated[
         list[str] | None,
         typer.Option("--type", help="gguf: store a width as a type: 2=Q2_K.", metavar="BITS=TYPE"),

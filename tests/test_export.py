@@ -13,14 +13,14 @@ import torch
 
 from moecule.errors import CheckpointError, OutputError, PlanError, RecipeError, VerifyError
 from moecule.export import export
-from moecule.packed import Packed, pack
+from moecule.packed import Packed, pack, unpack
 from moecule.plan import Keep
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install 'moecule[export]'")
 from gguf import GGUFReader  # noqa: E402
 from gguf.quants import dequantize  # noqa: E402
 
-from moecule.exports import compressed, gguf_file, llama  # noqa: E402
+from moecule.exports import auto_round, compressed, gguf_file, llama  # noqa: E402
 from moecule.exports.arch import ARCHES  # noqa: E402
 from moecule.exports.blocks import choose_type, decoded, encoded, holds, type_of  # noqa: E402
 from moecule.exports.change import Tally  # noqa: E402
@@ -61,11 +61,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         made = tiny.plan(streamed, fate, rest={"attention": Keep(4, 64)})
         tiny.write(streamed, made, out, tiny.tokens())
         found[name] = out
-    for name, family, bits in (("middle", "qwen2_moe", 4), ("middle8", "mixtral", 8)):
+    others = {
+        "middle": ("qwen2_moe", (4,), "middle"),
+        "middle8": ("mixtral", (8,), "middle"),
+        "mixed248": ("qwen2_moe", (2, 4, 8), "whole"),
+    }
+    for name, (family, bits, zero) in others.items():
         streamed, out = tiny.stream(found[family]), tmp_path_factory.mktemp(name)
-        rest = dict.fromkeys(("attention", "shared"), Keep(bits, 32))
-        made = tiny.plan(streamed, lambda i, e, b=bits: Keep(b, 32), rest=rest)
-        made = replace(made, encode={"method": "rtn", "zero": "middle"})
+        rest = dict.fromkeys(("attention", "shared"), Keep(bits[-1], 32))
+        made = tiny.plan(streamed, lambda i, e, b=bits: Keep(b[e % len(b)], 32), rest=rest)
+        made = replace(made, encode={"method": "rtn", "zero": zero})
         tiny.write(streamed, made, out, tiny.tokens())
         found[name] = out
     return found
@@ -217,7 +222,7 @@ def test_llama_cpp_computes_the_same(folders, tmp_path, name):
     gguf_file.write(Contents.open(folders[name]), file, {}, lambda: None)
     (ids,) = tiny.tokens(shape=(1, 20))
     want = tiny.logits(tiny.load(folders[name]), ids)[0]
-    torch.testing.assert_close(llama.logits_of(file, ids[0].tolist()), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(llama.run_file(file, ids[0].tolist()), want, rtol=1e-4, atol=1e-4)
 
 
 @needs_llama
@@ -295,4 +300,51 @@ def test_what_would_load_as_something_else_is_refused(folders, tmp_path):
         compressed._one_width(only)
     with pytest.raises(PlanError, match="192 columns, no whole groups of 128"):
         compressed._check_columns("x", packed(4, 8, group=128))
+    assert not list(tmp_path.iterdir())
+
+
+def test_auto_rounds_words_are_turned(folders):
+    value = packed(4, 5)
+    made = auto_round._coded("x.", replace(value, codes=value.codes), Tally())
+    codes = torch.stack([made["x.qweight"] >> 4 * j & 15 for j in range(8)], 1).flatten(0, 1)
+    assert torch.equal(codes.mT, unpack(value.codes, 4, 192))
+    assert made["x.scales"].shape == (3, 8) and torch.equal(made["x.scales"], value.scale.mT)
+
+
+def test_zero_points_between_codes_are_rounded_anew_for_auto_round():
+    tally = Tally()
+    _, _, zero = auto_round._whole(packed(4, 5))
+    assert zero.dtype == torch.int32 and bool((zero == 5).all())
+    auto_round._coded(
+        "x.", replace(packed(4, 6.5), codes=pack(torch.arange(192).expand(8, -1) % 16, 4)), tally
+    )
+    (change,) = tally.changes()
+    assert 1e-3 < change.error < 0.1
+
+
+def test_auto_round_takes_experts_of_2_4_and_8_bits(folders, tmp_path):
+    made = export(folders["mixed248"], tmp_path / "out", "auto-round")
+    assert {c.bits for c in made.changes} == {2, 4, 8, 16} and made.error == 0
+    said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    found = {n: of["bits"] for n, of in said["extra_config"].items()} | {"": said["bits"]}
+    stem = "model.layers.1.mlp.experts"
+    assert [found.get(f"{stem}.{e}.up_proj", said["bits"]) for e in range(3)] == [2, 4, 8]
+    assert found["model.layers.1.mlp.gate"] == 16
+    if importlib.util.find_spec("auto_round") is not None:  # it multiplies codes and scales in fp16
+        assert made.kl_nats < 0.05
+    else:
+        assert made.checked == "auto_round is not installed, so not opened" and made.kl_nats is None
+
+
+def test_what_auto_round_would_fill_in_at_random_is_refused(folders, tmp_path):
+    for name, said in (
+        ("mixed", "weights of 3 bits, and auto-round unpacks 2, 4 and 8"),
+        ("middle8", "mixtral names its experts on disk otherwise .*at random"),
+    ):
+        with pytest.raises(PlanError, match=said):
+            export(folders[name], tmp_path / "out", "auto-round")
+    with pytest.raises(
+        PlanError, match=r"\[8, 192\] in groups of 64, and auto-round wants rows in 32s"
+    ):
+        auto_round._check_shape("x", packed(4, 8))
     assert not list(tmp_path.iterdir())

@@ -40,6 +40,10 @@ class Tally:
         for i, more in enumerate((1, size_bytes, float(missed), float(whole))):
             sums[i] += more
 
+    def keep(self, kind: str, tensor: Tensor) -> None:
+        """Note a tensor that stays as it is."""
+        self.add(16, kind, tensor.nbytes, tensor.float(), tensor.float())
+
     def changes(self) -> tuple[Change, ...]:
         """By width and type."""
         return tuple(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moecule.errors import PlanError
 from moecule.exports.change import Change, Tally
-from moecule.exports.contents import Contents, Weight
+from moecule.exports.contents import Contents
 from moecule.exports.stock import Widths, write_rest
 from moecule.grid import clip_of, round_to_nearest
 from moecule.packed import Packed, pack, unpack
@@ -50,7 +50,7 @@ def write(contents: Contents, made: Path, tick: Callable[[], None]) -> tuple[Cha
                 tensors |= _coded(name.removesuffix("weight"), weight.value, tally)
             else:
                 tensors[name] = weight.value
-                _note(weight, tally)
+                tally.keep(str(weight.value.dtype).removeprefix("torch."), weight.value)
                 if weight.value.dim() == 2 and "embed" not in name:
                     ignored.append(name.removesuffix(".weight"))
         writer.add("outer" if i < 0 else f"layer-{i:04d}", tensors)
@@ -68,12 +68,6 @@ def write(contents: Contents, made: Path, tick: Callable[[], None]) -> tuple[Cha
     }
     write_rest(contents, widths, made, config)
     return tally.changes()
-
-
-def _note(weight: Weight, tally: Tally) -> None:
-    assert isinstance(weight.value, Tensor)
-    dense = weight.dense()
-    tally.add(16, str(weight.value.dtype).removeprefix("torch."), weight.value.nbytes, dense, dense)
 
 
 def _one_width(widths: Widths) -> tuple[Keep, Keep | None]:

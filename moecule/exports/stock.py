@@ -7,11 +7,13 @@ import copy
 import io
 import json
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -20,10 +22,11 @@ from transformers import AutoConfig
 from moecule.decode import QUANTISED
 from moecule.errors import PlanError, VerifyError
 from moecule.exports.contents import Contents
+from moecule.exports.process import logits_of
 from moecule.family import text_part
 from moecule.files import write_text, writing
 from moecule.folder import side_files
-from moecule.hf import PACKED, auto_class, choose_experts, quiet
+from moecule.hf import PACKED, auto_class, quiet
 from moecule.moe import experts_in
 from moecule.plan import Keep
 from moecule.runtime import PackedConfig, keep_from
@@ -112,7 +115,16 @@ def logits_by_transformers(made: Path, ids: list[int]) -> Float[Tensor, "S V"]:
         if told[what]:
             said = ", ".join(sorted(map(str, told[what]))[:2])
             raise VerifyError(f"transformers loads what was written with {what}: {said}")
-    choose_experts(model)
-    with torch.no_grad():
-        logits: Tensor = model.eval()(torch.tensor([ids])).logits[0]
+    with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
+        logits: Tensor = model.eval()(torch.tensor([ids])).logits[0].float()
     return logits
+
+
+def logits_in_a_process(made: Path, ids: list[int]) -> Float[Tensor, "S V"]:
+    """As `logits_by_transformers`, elsewhere."""
+    return logits_of([sys.executable, "-m", __name__, str(made)], ids, "transformers")
+
+
+if __name__ == "__main__":
+    folder, given, answered = map(Path, sys.argv[1:])
+    np.save(answered, logits_by_transformers(folder, np.load(given).tolist()).numpy())
