@@ -209,7 +209,12 @@ def patterns(
 def export(
     model: Annotated[str, typer.Argument(help="What compress or apply made, or a stock folder.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder for the other engine.")],
-    to: Annotated[str, typer.Option(help="gguf: llama.cpp; compressed-tensors: vLLM; auto-round.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="gguf: llama.cpp; compressed-tensors: vLLM; auto-round; transformers: 16 bits."
+        ),
+    ],
     type_: Annotated[
         list[str] | None,
         typer.Option("--type", help="gguf: store a width as a type: 2=Q2_K.", metavar="BITS=TYPE"),
@@ -226,4 +231,6 @@ def export(
         print_json(asdict(made))
         return
     print_table(table(made))
+    for what in made.left_out:
+        say(f"left out: {what}")
     say(f"in {made.folder}: {made.checked}")

@@ -348,3 +348,11 @@ def test_what_auto_round_would_fill_in_at_random_is_refused(folders, tmp_path):
     ):
         auto_round._check_shape("x", packed(4, 8))
     assert not list(tmp_path.iterdir())
+
+
+def test_codes_may_be_unpacked_into_a_stock_checkpoint(folders, tmp_path):
+    made = export(folders["mixed"], tmp_path / "out", "transformers")
+    assert {(c.bits, c.kind) for c in made.changes} >= {(2, "float32"), (3, "float32")}
+    assert made.error == 0 and made.kl_nats < 1e-9
+    said = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert said["model_type"] == "mixtral" and "quantization_config" not in said

@@ -41,9 +41,7 @@ ARCHES = {
 def check_model(contents: Contents) -> Arch:
     """llama.cpp's code for the model. Raises PlanError where it would compute something else."""
     family, settings = contents.family, contents.settings
-    instead = (
-        "export a stock checkpoint (--to transformers) and use llama.cpp's convert_hf_to_gguf.py"
-    )
+    instead = "export --to transformers, and use llama.cpp's convert_hf_to_gguf.py on that"
     if family.model_type not in ARCHES:
         raise PlanError(
             f"GGUF is written for {', '.join(ARCHES)}, and this is {family.model_type}; {instead}"

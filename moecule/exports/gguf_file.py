@@ -138,8 +138,8 @@ def _entries(
             found_name = names.get_type_and_name(name, try_suffixes=(".weight", ".bias"))
             if found_name is None:
                 raise PlanError(
-                    f"{name} has no place in GGUF's {MODEL_ARCH_NAMES[arch.arch]}; export a stock "
-                    "checkpoint (--to transformers) and use llama.cpp's convert_hf_to_gguf.py"
+                    f"{name} has no place in GGUF's {MODEL_ARCH_NAMES[arch.arch]}; export --to "
+                    "transformers, and use llama.cpp's convert_hf_to_gguf.py on that"
                 )
             what, made = found_name
             weights = tuple(of[e] for e in sorted(of))

@@ -41,8 +41,8 @@ class Widths:
     modules: Mapping[str, Keep]  # Linears, by name in memory
 
     @staticmethod
-    def of(contents: Contents) -> Widths:
-        """Raises PlanError where nothing is, or the router."""
+    def of(contents: Contents, *, routers: bool = False) -> Widths:
+        """Raises PlanError where nothing is; and where a router is, unless `routers` may be."""
         config = contents.checkpoint.config
         if config["model_type"] != PACKED:
             raise PlanError(
@@ -53,7 +53,8 @@ class Widths:
         experts = {int(i): tuple(map(keep_from, of.split())) for i, of in packed.experts.items()}
         modules = {name: keep_from(width) for name, width in packed.weights.items()}
         for name in modules:
-            if not isinstance(contents.model.get_submodule(name), nn.Linear):
+            linear = isinstance(contents.model.get_submodule(name), nn.Linear)
+            if not (linear or routers):
                 raise PlanError(
                     f"{name} is rounded and no Linear, which other engines do not load; compress with "
                     "--set rest.router=16"
@@ -62,7 +63,7 @@ class Widths:
 
 
 def write_rest(
-    contents: Contents, widths: Widths, made: Path, quantized: Mapping[str, Any]
+    contents: Contents, widths: Widths, made: Path, quantized: Mapping[str, Any] | None
 ) -> None:
     """config.json and all that is no weight, into `made`; `quantized`: its quantization_config.
 
@@ -88,7 +89,9 @@ def write_rest(
                 "compress without dropping channels"
             )
         text[width] = channels
-    config[QUANTISED] = dict(quantized)
+    config.pop(QUANTISED)
+    if quantized is not None:
+        config[QUANTISED] = dict(quantized)
     write_text(made / "config.json", json.dumps(config, indent=2) + "\n")
     for file in side_files(contents.checkpoint.path):
         if file.name != "export.json":

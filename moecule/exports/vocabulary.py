@@ -54,8 +54,8 @@ def add_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
 
 
 _INSTEAD = (
-    "GGUF is written for byte-level BPE tokenizers; export a stock checkpoint (--to transformers) and use "
-    "llama.cpp's convert_hf_to_gguf.py"
+    "GGUF is written for byte-level BPE tokenizers; export --to transformers, and use llama.cpp's "
+    "convert_hf_to_gguf.py on that"
 )
 
 
