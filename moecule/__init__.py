@@ -12,6 +12,7 @@ from moecule import runtime as _runtime  # noqa: F401  registers
 from moecule.compress import Compressed, compress
 from moecule.errors import MoeculeError
 from moecule.evaluate import evaluate
+from moecule.export import Exported, export
 from moecule.generate import Generated, generate
 from moecule.inspect import Inspection, inspect
 from moecule.online import experts_run, set_skip
@@ -29,6 +30,7 @@ __all__ = [
     "Compressed",
     "Compute",
     "Drop",
+    "Exported",
     "Generated",
     "Inspection",
     "Keep",
@@ -42,6 +44,7 @@ __all__ = [
     "compress",
     "evaluate",
     "experts_run",
+    "export",
     "generate",
     "inspect",
     "load_recipe",

@@ -239,7 +239,7 @@ def key_of(streamed: Streamed, plan: Plan) -> str | None:
     """The config key of the one width that the plan gives all experts, if there is one."""
     found = {f.channels for of in plan.layers.values() for f in of if isinstance(f, Keep)}
     (width, *others) = found
-    return None if others or width is None else width_key(streamed, width)
+    return None if others or width is None else width_key(streamed.model, width)
 
 
 def is_stock(plan: Plan, key: str | None) -> bool:

@@ -22,7 +22,7 @@ app = typer.Typer(
 )
 VERBS = (  # as --help lists them
     *(looking.inspect, looking.families, looking.methods),
-    *(making.calibrate, making.plan, making.apply, making.compress),
+    *(making.calibrate, making.plan, making.apply, making.compress, making.export),
     *(looking.evaluate, making.patterns, looking.generate),
 )
 for _verb in VERBS:

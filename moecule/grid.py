@@ -8,14 +8,20 @@ two levels +-scale/2 with scale = 2 * mean|w|.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 TINY = 2.0**-24  # the smallest fp16 above 0: a group of zeros keeps a scale that can be stored
+
+
+# where zero points may lie: anywhere, at a code, or at the code in the middle, 2**(bits - 1). Other
+# engines know the last, some the second; they cost more loss
+Zero = Literal["any", "whole", "middle"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,7 @@ class Clip:
     steps: int = 1
     power: float = 2.0  # loss: sum |w - level|**power
     refine: int = 0  # times the levels are refitted to their weights by least squares
+    zero: Zero = "any"
 
     @property
     def multiples(self) -> list[float]:
@@ -41,6 +48,11 @@ NONE = Clip()
 NARROW = Clip(0.9, 1.1, 101, 2.4)  # the search in the authors' code of MC
 WIDE = Clip(0.3, 1.0, 8, 2.0, refine=3)
 CLIPS = {"none": NONE, "narrow": NARROW, "wide": WIDE}
+
+
+def clip_of(name: str, zero: Zero) -> Clip:
+    """The clipping of that name, with zero points there."""
+    return replace(CLIPS[name], zero=zero)
 
 
 @lru_cache(maxsize=64)
@@ -80,7 +92,7 @@ def _fit_even(
     w: Float[Tensor, "E M N"], bits: tuple[int, ...], group: int, clip: Clip
 ) -> tuple[Tensor, Tensor]:
     """Of groups that are all alike."""
-    if w.is_cuda:
+    if w.is_cuda and clip.zero == "any":
         from moecule.kernels.rounding import fit_groups
 
         multiples = on_device(tuple(clip.multiples), w.device)
@@ -100,6 +112,8 @@ def _fit_groups(w: Float[Tensor, "E M G n"], bits: int, clip: Clip) -> tuple[Ten
         return scale, torch.full_like(scale, 0.5)
     top = 2**bits - 1
     low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
+    if clip.zero != "any":
+        return _fit_scales(w, bits, clip, low, high)
     best = torch.full_like(low, torch.inf)
     scale, zero = torch.ones_like(low), torch.zeros_like(low)
     for p in clip.multiples:
@@ -109,6 +123,27 @@ def _fit_groups(w: Float[Tensor, "E M G n"], bits: int, clip: Clip) -> tuple[Ten
     for _ in range(clip.refine):
         s, z = _least_squares(w, nearest(w, scale[..., None], zero[..., None], bits), top)
         best, scale, zero = _better(w, bits, clip.power, (s, z), (best, scale, zero))
+    return scale, zero
+
+
+def _fit_scales(
+    w: Tensor, bits: int, clip: Clip, low: Tensor, high: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `_fit_groups`, where zero points are codes."""
+    top, middle = 2**bits - 1, 2.0 ** (bits - 1)
+    best = torch.full_like(low, torch.inf)
+    scale, zero = torch.ones_like(low), torch.full_like(low, middle)
+    for p in clip.multiples:
+        if clip.zero == "middle":
+            s, z = _storable(p * torch.maximum(-low / middle, high / (top - middle))), zero
+        else:
+            s = _storable(p * (high - low) / top)
+            z = (-p * low / s).round().clamp(0, top)
+        best, scale, zero = _better(w, bits, clip.power, (s, z), (best, scale, zero))
+    for _ in range(clip.refine):
+        q = nearest(w, scale[..., None], zero[..., None], bits) - zero[..., None]
+        s = _storable((q * w).sum(-1) / (q * q).sum(-1).clamp(min=TINY))
+        best, scale, zero = _better(w, bits, clip.power, (s, zero), (best, scale, zero))
     return scale, zero
 
 

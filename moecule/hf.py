@@ -256,6 +256,17 @@ def skeleton(
     return model, family
 
 
+def plain_skeleton(checkpoint: Checkpoint) -> Any:
+    """The model on meta that a compressed checkpoint was made of: names and settings, no weights."""
+    left = ("moecule", "auto_map", "expert_skip", QUANTISED)
+    config = {k: v for k, v in checkpoint.config.items() if k not in left}
+    if checkpoint.config["model_type"] == PACKED:
+        config["model_type"] = checkpoint.config["moecule"]["model_type"]
+    settings = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    with torch.device("meta"), quiet():
+        return auto_class(type(settings)).from_config(settings)
+
+
 def check_version(family: Family) -> None:
     """Raise CheckpointError where the transformers that is installed is too old for the family."""
     if Version(transformers.__version__) < Version(family.since):

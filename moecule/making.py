@@ -33,7 +33,7 @@ from moecule.options import (
     domains_of,
     recipe_of,
 )
-from moecule.show import bar, print_change, print_json, say
+from moecule.show import bar, print_change, print_json, print_table, say
 
 
 def calibrate(
@@ -204,3 +204,33 @@ def patterns(
         f"{len(made.tasks)} patterns in {out}; next: moecule generate {model} 'Once upon a time' "
         f"--patterns {out} --experts N, of {n}"
     )
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="What compress or apply made, or a stock folder.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder for the other engine.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="gguf: llama.cpp; compressed-tensors: vLLM; auto-round; transformers: 16 bits."
+        ),
+    ],
+    type_: Annotated[
+        list[str] | None,
+        typer.Option("--type", help="gguf: store a width as a type: 2=Q2_K.", metavar="BITS=TYPE"),
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Write a compressed model as another engine reads it."""
+    from moecule.export import export as run
+    from moecule.export import table
+
+    with bar() as progress:
+        made = run(model, out, to, types=type_ or (), progress=progress)
+    if json_:
+        print_json(asdict(made))
+        return
+    print_table(table(made))
+    for what in made.left_out:
+        say(f"left out: {what}")
+    say(f"in {made.folder}: {made.checked}")

@@ -145,9 +145,9 @@ def prepare_experts(module: Any, keeps: Sequence[Keep]) -> None:
     else:
         kinds = sorted(set(each), key=lambda k: (k.bits, k.group))
         module.packed = nn.ModuleDict(
-            {_kind(k): Stack(sum(k == have for have in each), shapes, k, dtype) for k in kinds}
+            {kind_of(k): Stack(sum(k == have for have in each), shapes, k, dtype) for k in kinds}
         )
-        module.slots = [(_kind(k), each[:e].count(k)) for e, k in enumerate(each)]
+        module.slots = [(kind_of(k), each[:e].count(k)) for e, k in enumerate(each)]
     # pieces run as experts of their own
     module.num_experts, module.cuts, module.whole = len(each), cuts, len(whole)
     module.skip, module.exact = None, True
@@ -157,7 +157,8 @@ def prepare_experts(module: Any, keeps: Sequence[Keep]) -> None:
 RAGGED = "bits16"  # experts of many widths stay at 16 bits
 
 
-def _kind(keep: Keep) -> str:
+def kind_of(keep: Keep) -> str:
+    """The name of the stack that holds experts of this width."""
     return "bits16" if keep.bits == 16 else f"bits{keep.bits}g{keep.group}"
 
 

@@ -91,27 +91,27 @@ def cut_channels(
     return None
 
 
-def width_key(streamed: Streamed, channels: int) -> str | None:
+def width_key(model: Any, channels: int) -> str | None:
     """The config key that, set to `channels`, makes the model's experts so wide and changes nothing else.
 
     It is tried, on meta. None where no key does so alone: where shared experts get their width from the
     same key, say; and for widths that torch's grouped product cannot take.
     """
-    whole = streamed.model.config
+    whole = model.config
     text = whole.get_text_config().to_dict()
-    wide = {experts_of(m).down.shape[2] for _, m in experts_in(streamed.model)}
+    wide = {experts_of(m).down.shape[2] for _, m in experts_in(model)}
     if len(wide) > 1 or channels % ALIGNED or not channels:
         return None
     (full,) = wide
     keys = [k for k, v in text.items() if v == full and ("intermediate" in k or "ffn" in k)]
-    want = _narrowed(streamed, channels)
+    want = _narrowed(model, channels)
     key: str
     for key in sorted(keys, key=lambda k: (not k.startswith("moe"), k)):
         config = copy.deepcopy(whole)
         setattr(config.get_text_config(), key, channels)
         try:
             with torch.device("meta"), quiet():
-                made = auto_class(type(config)).from_config(config, dtype=streamed.model.dtype)
+                made = auto_class(type(config)).from_config(config, dtype=model.dtype)
         except WRONG:  # it is not meant so
             continue
         if {n: t.shape for n, t in made.state_dict().items()} == want:
@@ -119,11 +119,11 @@ def width_key(streamed: Streamed, channels: int) -> str | None:
     return None
 
 
-def _narrowed(streamed: Streamed, channels: int) -> dict[str, torch.Size]:
+def _narrowed(model: Any, channels: int) -> dict[str, torch.Size]:
     """Shapes of all tensors when every expert has so many channels."""
-    names = {id(m): n for n, m in experts_in(streamed.model)}
-    found = {n: t.shape for n, t in streamed.model.state_dict().items()}
-    for _, module in experts_in(streamed.model):
+    names = {id(m): n for n, m in experts_in(model)}
+    found = {n: t.shape for n, t in model.state_dict().items()}
+    for _, module in experts_in(model):
         full = experts_of(module).down.shape[2]
         rows = (2 * full, 2 * channels) if module.has_gate else (full, channels)
         first = "gate_up_proj" if module.has_gate else "up_proj"

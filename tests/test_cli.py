@@ -32,6 +32,7 @@ OPTIONS = {
     "compress": "bits clamp context data device drop dtype fit json length out recipe samples set "
     "size states target text trust-remote-code",
     "evaluate": "against device dtype json length skip states text trust-remote-code",
+    "export": "json out to type",
     "families": "json",
     "generate": "compile device dtype exact expert-cache experts match patterns seed skip temperature "
     "tokens trust-remote-code",

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moecule.grid import CLIPS, NARROW, NONE, WIDE, fit, quantized, round_to_nearest
+from moecule.grid import CLIPS, NARROW, NONE, WIDE, clip_of, fit, quantized, round_to_nearest
 from moecule.methods import binary, rtn
 from moecule.packed import WIDTHS
 
@@ -113,3 +113,19 @@ def test_without_a_search_no_weight_is_off_by_more_than_a_step(seed, bits):
 def test_rows_do_not_see_each_other(seed, bits):
     w = weights(seed, 5, 40)
     assert torch.equal(quantized(w, bits, 16)[2:3], quantized(w[2:3], bits, 16))
+
+
+@pytest.mark.parametrize("zero", ["whole", "middle"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_zero_points_may_be_kept_to_codes(bits, zero):
+    w = weights(0, 6, 64) + 0.2
+    q, scale, found = round_to_nearest(w, bits, 16, clip_of("wide", zero))
+    assert torch.equal(found, found.round()) and 0 <= found.min() <= found.max() < 2**bits
+    assert zero == "whole" or bool((found == 2 ** (bits - 1)).all())
+    assert q.min() >= 0 and q.max() < 2**bits and bool((scale > 0).all())
+    errors = [
+        float((quantized(w, bits, 16, clip_of("wide", z)) - w).norm())
+        for z in ("any", "whole", zero)
+    ]
+    assert errors[0] <= 1.001 * errors[1] <= 1.01 * errors[2]  # the freer, the nearer
+    assert errors[2] < {2: 0.6, 3: 0.3, 4: 0.15, 8: 0.01}[bits] * float(w.norm())

@@ -28,7 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moecule.errors import RecipeError
-from moecule.grid import CLIPS, Clip, fit_each
+from moecule.grid import Clip, Zero, clip_of, fit_each
 from moecule.hessian import inverse_factor
 from moecule.method import Method
 from moecule.packed import Packed, pack
@@ -42,6 +42,7 @@ class Options:
     damp: float = 0.01  # share of the mean diagonal added to the diagonal
     act_order: bool = False
     feedback: Literal["column", "block"] = "column"
+    zero: Zero = "any"  # "middle": what most other engines have (moecule export)
 
     def __post_init__(self) -> None:
         """Raises RecipeError for damping that would make a Hessian worse."""
@@ -63,7 +64,7 @@ def encode(
         )
     w, n = w.float().clone(), w.shape[-1]
     u = inverse_factor(gram.float(), options.damp)
-    clip = CLIPS[options.clip]
+    clip = clip_of(options.clip, options.zero)
     if options.act_order:
         order = gram.diagonal(dim1=1, dim2=2).argsort(dim=-1, descending=True, stable=True)
         u = _reordered_factor(gram.float(), order, options.damp)

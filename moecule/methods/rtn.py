@@ -12,7 +12,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from moecule.grid import CLIPS, round_to_nearest
+from moecule.grid import Zero, clip_of, round_to_nearest
 from moecule.method import Method
 from moecule.packed import Packed, pack
 
@@ -22,6 +22,7 @@ class Options:
     """How a group's range is clipped."""
 
     clip: Literal["none", "narrow", "wide"] = "wide"
+    zero: Zero = "any"
 
 
 def encode(
@@ -34,7 +35,7 @@ def encode(
     """One Packed for each of the E weights; `gram` is not read."""
     out = []
     for e, b in enumerate(bits):
-        q, scale, zero = round_to_nearest(w[e], b, group, CLIPS[options.clip])
+        q, scale, zero = round_to_nearest(w[e], b, group, clip_of(options.clip, options.zero))
         out.append(
             Packed(pack(q, b), scale.half(), None if b == 1 else zero.half(), b, group, w.shape[-1])
         )

@@ -1,0 +1,1 @@
+"""What other engines read, made of a compressed folder: one file a format."""
