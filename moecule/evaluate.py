@@ -97,19 +97,19 @@ def evaluate(
         whole = measure_whole(model, streamed, more, compute, progress, "tasks", skip=skip)
         after = _result(streamed, by_file, longest, names, whole, seconds)
         return None, replace(after, **of_tasks(None, whole, more.tasks))
-    theirs = {
-        name: Loss(r.original_loss_nats or 0.0, r.tokens, 0.0, 1.0, r.original_loss_nats)
-        for name, r in by_file.items()
-    }
+    theirs = {name: _of_original(r) for name, r in by_file.items()}
     first = measure_whole(against, original, more, compute, progress, "tasks of the original")
     before = _result(original, theirs, longest, (str(against), None), first, {})
     whole = measure_whole(model, streamed, more, compute, progress, "tasks", skip=skip)
     after = _result(streamed, by_file, longest, names, whole, seconds)
-    after = replace(after, original_throughput=first.throughput)
     return (
         replace(before, **of_tasks(None, first, more.tasks)),
         replace(after, **of_tasks(first, whole, more.tasks)),
     )
+
+
+def _of_original(loss: Loss) -> Loss:
+    return Loss(loss.original_loss_nats or 0.0, loss.tokens, 0.0, 1.0, loss.original_loss_nats)
 
 
 def _one_by_one(suite: Suite | None, skip: bool) -> Suite | None:

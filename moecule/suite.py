@@ -7,8 +7,8 @@ Four kinds of record, told apart by their keys; what else a record holds is left
     schema   {"context_options", "continuation", "gold"}     after which context it is likeliest
     pairs    {"good", "bad"}                                 is the good sentence the likelier
 
-and `generate`, which is asked for: records of `cloze`, answered in the model's own words. `harness.py`
-asks them.
+and `generate`, which is asked for: records of `cloze`, answered in the model's own words. `exam.py`
+hands them to the harness.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Wanted:
     prompt: Int[Tensor, "one S"]
     tokens: Int[Tensor, " T"]  # of all the text, for sequences to hold
     room: Room | None = None
-    tasks: Any = None  # `harness.Prepared`
+    tasks: Any = None  # `exam.Prepared`
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,14 @@ def room_of(memory: str | int, context: int, original: Streamed | None, streamed
 
 
 def prepared(suite: Suite | None, models: tuple[Streamed | None, ...]) -> Any:
-    """`harness.prepare`, where tasks are asked.
+    """`exam.prepare`, where tasks are asked.
 
     Raises RecipeError where the harness is not there, CheckpointError for a model without room.
     """
     if suite is None:
         return None
     try:
-        from moecule.harness import prepare
+        from moecule.exam import prepare
     except ImportError as e:
         raise RecipeError(
             f"tasks are asked by lm-evaluation-harness ({e}); pip install 'moecule[eval]'"
@@ -164,13 +164,16 @@ def _throughput(
 
 
 def of_tasks(before: Whole | None, after: Whole, tasks: Any) -> dict[str, Any]:
-    """The parts of the model's Result that tell of tasks."""
+    """The parts of the model's Result that tell of tasks, and of the original's throughput."""
+    found: dict[str, Any] = {}
+    if before is not None:
+        found["original_throughput"] = before.throughput
     if tasks is None or after.scores is None:
-        return {}
-    from moecule.harness import changes
-
-    found = {"tasks": after.scores.tasks, "suite": tasks.as_dict() | {"cut": after.scores.cut}}
-    if before is None or before.scores is None:
         return found
-    changed = changes(before.scores, after.scores)
-    return found | {"original_tasks": before.scores.tasks, "task_changes": changed}
+    found |= {"tasks": after.scores.tasks, "suite": tasks.as_dict() | {"cut": after.scores.cut}}
+    if before is not None and before.scores is not None:
+        from moecule.harness import changes
+
+        found["original_tasks"] = before.scores.tasks
+        found["task_changes"] = changes(before.scores, after.scores)
+    return found

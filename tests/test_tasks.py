@@ -240,6 +240,24 @@ def test_the_command_prints_what_it_keeps_and_cuts_what_is_too_long(place, tmp_p
 
 
 @harnessed
+def test_a_tokenizer_of_another_model_is_refused(place, tmp_path):
+    (tmp_path / "model").mkdir()
+    for file in (place / "model").iterdir():
+        if not file.name.startswith("tokenizer"):
+            (tmp_path / "model" / file.name).symlink_to(file)
+    tokens = json.loads((place / "model" / "tokenizer.json").read_text())
+    tokens["model"]["vocab"]["z"] = 5000
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(tokens))
+    settings = (place / "model" / "tokenizer_config.json").read_text()
+    (tmp_path / "model" / "tokenizer_config.json").write_text(settings)
+    tasks = write(tmp_path / "tasks", {"zoo": [{"ctx": "a", "target": "zoo"}]})
+    args = ("--text", place / "text.txt", "--length", "32", "--task-dir", tasks)
+    assert "the tokenizer gives token 5000 and the model knows 300; put" in refused(
+        tmp_path, "evaluate", tmp_path / "model", *args
+    )
+
+
+@harnessed
 @pytest.mark.parametrize(
     ("names", "said"),
     [
@@ -299,8 +317,9 @@ def test_folders_and_numbers_that_cannot_be_are_refused(tmp_path):
 
 
 def test_without_the_harness_the_error_says_what_to_install(place, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.delitem(sys.modules, "moecule.harness", raising=False)
+    for name in ["lm_eval", *(n for n in sys.modules if n.startswith("lm_eval."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "moecule.exam", raising=False)
     args = ("--text", place / "text.txt", "--tasks", "piqa")
     said = refused(place, "evaluate", place / "model", *args)
     assert "pip install 'moecule[eval]'" in said
@@ -335,7 +354,8 @@ def test_what_asks_gets_an_answer_line_and_an_answer_may_go_on():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral-27m", "qwen3moe-32m"])
 def test_the_harness_own_command_says_the_same_of_a_trained_model(name, shared, tmp_path):
-    from moecule.harness import prepare, score
+    from moecule.exam import prepare
+    from moecule.harness import score
     from moecule.session import Compute, load
 
     kinds = {"piqa": "quiz", "lambada": "last", "winogrande": "who", "svamp": "sums"}
