@@ -20,14 +20,13 @@ from typing import Any
 import moecule
 
 SEEN = ("prose", "techdoc", "python", "c", "maths", "multilingual")
-BENCHMARKS = ("piqa", "arc_easy", "lambada", "winogrande", "copa", "svamp:generate")
-OF_TEXT = tuple(f"{domain}_{kind}" for domain in SEEN for kind in ("cloze", "next"))
-# (of which folder, tasks, items of each)
-ASKED = (
-    ("tasks", ("blimp",), 20),
-    ("cloze", (*OF_TEXT, "prose_cloze:generate"), 100),
-    ("tasks", BENCHMARKS, 100),
+OF_TEXT = (
+    *(f"{domain}_cloze" for domain in SEEN),
+    *("prose_next", "python_next", "maths_next", "prose_cloze:generate"),
 )
+BENCHMARKS = ("piqa", "arc_easy", "lambada", "winogrande", "copa", "svamp:generate")
+# (of which folder, tasks, items of each)
+ASKED = (("cloze", OF_TEXT, 100), ("tasks", BENCHMARKS, 100), ("tasks", ("blimp",), 8))
 HEAD = Path(__file__).with_name("text.md")
 
 
