@@ -30,6 +30,7 @@ from moecule.errors import DataError, RecipeError
 from moecule.suite import GENERATE, Suite, TaskFile, asked, is_answer, read_task, task_files
 
 SHOTS_SEED = 1234  # that of the harness' own command
+LOGS = ("lm_eval", "datasets", "huggingface_hub")
 ANSWER_TOKENS = 32  # of an answer in the model's own words; it ends with its line
 
 
@@ -56,16 +57,18 @@ class Prepared:
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
     """Within, what the harness and its libraries tell is not shown; nothing goes to stdout."""
-    log, bars = logging.getLogger("lm_eval"), api_task.tqdm
-    level = log.level
-    log.setLevel(logging.ERROR)
+    logs, bars = [logging.getLogger(name) for name in LOGS], api_task.tqdm
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
     api_task.tqdm = partial(bars, disable=True)  # it has no switch
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
         api_task.tqdm = bars
 
 

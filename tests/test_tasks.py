@@ -276,6 +276,22 @@ def test_names_that_are_no_tasks_are_refused(place, names, said):
     assert re.search(said, refused(place, "evaluate", place / "model", *args))
 
 
+@harnessed
+def test_a_task_of_the_hub_that_cannot_be_had_is_one_line(place, monkeypatch):
+    from moecule import exam
+
+    class Offline:
+        all_tasks = ("piqa",)
+
+        def load(self, names):
+            raise ConnectionError("Couldn't reach 'baber/piqa' on the Hub\nand more")
+
+    monkeypatch.setattr(exam, "TaskManager", Offline)
+    args = ("--text", place / "text.txt", "--tasks", "piqa")
+    said = refused(place, "evaluate", place / "model", *args)
+    assert "task piqa cannot be had (Couldn't reach 'baber/piqa' on the Hub); it needs" in said
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
