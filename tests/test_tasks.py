@@ -235,8 +235,9 @@ def test_the_command_prints_what_it_keeps_and_cuts_what_is_too_long(place, tmp_p
     assert (
         "longer than the 128 tokens that the model knows were cut from the left: 1 of ways" in err
     )
-    code, out, err = run("evaluate", place / "model", *text, "--task-dir", tasks, "--tasks", "who")
-    assert code == 0 and "who, acc" in out
+    names = ("--tasks", "who", "--memory", "1MB", "--context", "40")
+    code, out, err = run("evaluate", place / "model", *text, "--task-dir", tasks, *names)
+    assert code == 0 and "who, acc" in out and "sequences in 1.00 MB" in out
 
 
 @harnessed
