@@ -47,7 +47,7 @@ class Throughput:
     weight_bytes: int  # of all tensors as on disk
     sequence_bytes: int  # of the KV cache of one, numbers of 16 bits
     sequences: int  # that fit
-    decode_tokens_per_s: float | None  # of all together; None: not one fits
+    decode_tokens_per_s: float | None  # of all together; None: none fits, or not here
     peak_memory_bytes: int | None  # of the device, activations and all; None: not known on a CPU
 
 

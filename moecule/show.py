@@ -70,7 +70,8 @@ def print_one(result: Any) -> None:
     if result.throughput is not None:
         of = result.throughput
         shown.add_row(f"sequences in {format_size(of.memory_bytes)}", str(of.sequences))
-        shown.add_row("decoded tokens/s of all", f"{of.decode_tokens_per_s:.1f}")
+        rate = of.decode_tokens_per_s
+        shown.add_row("decoded tokens/s of all", "does not fit" if rate is None else f"{rate:.1f}")
     for name, row, metric in told(result):
         shown.add_row(f"{name}, {metric}", with_error(row, metric))
     out_console.print(shown)

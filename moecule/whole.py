@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +104,7 @@ def prepared(suite: Suite | None, models: tuple[Streamed | None, ...]) -> Any:
         ) from e
     for m in models:
         if m is not None and not fits(m):
-            raise CheckpointError(
-                f"{m.checkpoint.name} does not fit {m.device} whole, and tasks need that; leave "
-                "them out, or take another device"
-            )
+            raise _no_room(m)
     return prepare(suite)
 
 
@@ -130,37 +128,56 @@ def measure_whole(
 
     `what`: whose tasks the progress is of.
     """
-    if not fits(streamed) or not compute.ranks.is_first:
+    if not compute.ranks.is_first:
         return Whole()
+    size, room = streamed.checkpoint.size_bytes, wanted.room
+    if not fits(streamed):
+        if wanted.tasks is not None:
+            raise _no_room(streamed)
+        return Whole(throughput=None if room is None else _throughput(room, size))
     loaded = load(model, compute, skip=skip, exact=False)
     rates, throughput, scores = speed(loaded, wanted.prompt), None, None
-    if wanted.room is not None:
-        throughput = _throughput(loaded, streamed.checkpoint.size_bytes, wanted.room, wanted.tokens)
+    if room is not None:
+        throughput = _decoded(loaded, _throughput(room, size), wanted.tokens)
     if wanted.tasks is not None:
         from moecule.harness import score
 
         set_exact(loaded, True)
         tokenizer = tokenizer_of(streamed.checkpoint.path)
         scores = score(loaded, tokenizer, wanted.tasks, progress, what)
+    if loaded.device.type == "cuda":  # the next model needs the room, which torch holds back
+        del loaded
+        gc.collect()
+        torch.cuda.empty_cache()
     return Whole(*rates, throughput, scores)
 
 
-def _throughput(
-    loaded: Any, weight_bytes: int, room: Room, tokens: Int[Tensor, " T"]
-) -> Throughput:
-    n, length = room.sequences(weight_bytes), room.context_tokens
-    rate, peak, device = None, None, loaded.device
-    if n:
-        tokens = tokens.repeat(-(-length // len(tokens)))
-        starts = torch.linspace(
-            0, len(tokens) - length, n
-        ).long()  # no two alike: nor their experts
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        rate = decode_rate(loaded, torch.stack([tokens[s : s + length] for s in starts]))
-        if device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(device)
-    return Throughput(room.memory_bytes, length, weight_bytes, room.sequence_bytes, n, rate, peak)
+def _no_room(streamed: Streamed) -> CheckpointError:
+    return CheckpointError(
+        f"{streamed.checkpoint.name} does not fit {streamed.device} whole, and tasks need that; leave "
+        "them out, or take another device"
+    )
+
+
+def _throughput(room: Room, weight_bytes: int) -> Throughput:
+    """What fits; nothing is timed yet."""
+    one, n = room.sequence_bytes, room.sequences(weight_bytes)
+    return Throughput(room.memory_bytes, room.context_tokens, weight_bytes, one, n, None, None)
+
+
+def _decoded(loaded: Any, of: Throughput, tokens: Int[Tensor, " T"]) -> Throughput:
+    """With the rate of sequences from all over the text, so that their experts differ."""
+    length, device, peak = of.context_tokens, loaded.device, None
+    if not of.sequences:
+        return of
+    tokens = tokens.repeat(-(-length // len(tokens)))
+    starts = torch.linspace(0, len(tokens) - length, of.sequences).long()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    rate = decode_rate(loaded, torch.stack([tokens[s : s + length] for s in starts]))
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    return replace(of, decode_tokens_per_s=rate, peak_memory_bytes=peak)
 
 
 def of_tasks(before: Whole | None, after: Whole, tasks: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import torch
 from test_cli import refused, run
 
 import moecule
-from moecule.errors import DataError, RecipeError
+from moecule.errors import CheckpointError, DataError, RecipeError
 from moecule.plan import Keep
 from moecule.session import tokenizer_of
 from moecule.suite import asked, is_answer, read_task, task_files
@@ -210,6 +210,19 @@ def test_as_many_sequences_as_fit_beside_the_weights_decode_at_once(measured):
     room = before.memory_bytes - measured[1].size_bytes
     assert after.sequences == room // after.sequence_bytes > 1
     assert after.decode_tokens_per_s > 0 and before.decode_tokens_per_s > 0
+
+
+def test_a_model_without_room_is_not_timed_and_not_asked(place, monkeypatch):
+    monkeypatch.setattr("moecule.whole.fits", lambda streamed: False)
+    given = {"text": [place / "text.txt"], "length": 32}
+    before, after = moecule.evaluate(
+        place / "packed", against=place / "model", memory="original", **given
+    )
+    assert before.throughput.sequences == 1 < after.throughput.sequences
+    assert before.throughput.decode_tokens_per_s is after.decode_tokens_per_s is None
+    if importlib.util.find_spec("lm_eval") is not None:
+        with pytest.raises(CheckpointError, match="does not fit cpu whole, and tasks need that"):
+            moecule.evaluate(place / "model", suite=moecule.Suite(ALL, place / "tasks"), **given)
 
 
 @harnessed
