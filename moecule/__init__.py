@@ -9,6 +9,7 @@ Importing this package registers its checkpoints with transformers:
 """
 
 from moecule import runtime as _runtime  # noqa: F401  registers
+from moecule.cloze import cloze
 from moecule.compress import Compressed, compress
 from moecule.errors import MoeculeError
 from moecule.evaluate import evaluate
@@ -20,6 +21,7 @@ from moecule.plan import Drop, Keep, Plan, Skip
 from moecule.recipe import Recipe, load_recipe
 from moecule.result import Result
 from moecule.session import Compute
+from moecule.suite import Suite
 from moecule.taer import patterns
 from moecule.verbs import Ask, apply, calibrate, plan, read_plan
 
@@ -39,8 +41,10 @@ __all__ = [
     "Recipe",
     "Result",
     "Skip",
+    "Suite",
     "apply",
     "calibrate",
+    "cloze",
     "compress",
     "evaluate",
     "experts_run",

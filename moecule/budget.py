@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -61,6 +61,11 @@ class Cache:
     state_bytes: int = 0  # whatever the number of tokens
 
 
+def cache_bytes(caches: Sequence[Cache], tokens: int) -> int:
+    """Of one sequence of `tokens` tokens, at 16 bits, and of recurrent states."""
+    return sum(c.state_bytes + c.token_bytes * min(tokens, c.window or tokens) for c in caches)
+
+
 @dataclass(frozen=True)
 class Inventory:
     """What a checkpoint is made of; enough to price a plan without opening it."""
@@ -98,9 +103,7 @@ class Inventory:
 
     def cache_bytes(self, tokens: int) -> int:
         """Of the KV cache of `tokens` tokens, at 16 bits, and of recurrent states."""
-        return sum(
-            c.state_bytes + c.token_bytes * min(tokens, c.window or tokens) for c in self.caches
-        )
+        return cache_bytes(self.caches, tokens)
 
     @property
     def expert_weights(self) -> int:

@@ -11,28 +11,25 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
-from moecule.batch import Batch, digest, n_predicted, n_tokens, shape_of, text_tokens
+from moecule.batch import Batch, digest, n_predicted, n_tokens, shape_of
 from moecule.data import Sampling
 from moecule.errors import CheckpointError, DataError, PlanError
 from moecule.hf import Streamed
 from moecule.inventory import weigh
 from moecule.journal import Journal, Trail, journal_of
-from moecule.measure import Loss, batch_sums, device_name, loss_of, speed
+from moecule.measure import Loss, batch_sums, device_name, loss_of
 from moecule.online import experts_run
 from moecule.plan import Plan
 from moecule.result import Result, mean_loss
 from moecule.session import (
     Compute,
     Progress,
-    fits,
-    load,
     memory_bytes,
     noting,
     silent,
@@ -40,8 +37,10 @@ from moecule.session import (
     ticker,
     trail_of,
 )
+from moecule.suite import Suite
 from moecule.text import evaluation_batches
 from moecule.walk import finish, walk
+from moecule.whole import Whole, measure_whole, of_tasks, prepared, room_of, wanted
 
 MOST_NATS = 700.0  # exp() of more is no float, and no model that computes is so bad
 # in the journal: a batch, and `batch_sums` of each process; the walks of the model and the original
@@ -57,6 +56,9 @@ def evaluate(
     data: str | Path | None = None,
     sampling: Sampling | None = None,
     skip: bool = False,
+    suite: Suite | None = None,
+    memory: str | int | None = None,
+    context: int = 0,
     compute: Compute | None = None,
     progress: Progress = silent,
     beside: Path | None = None,
@@ -65,6 +67,8 @@ def evaluate(
 
     `text`: files to evaluate on, each whole. Without any: windows of the calibration text `data`
     that calibration did not see, or without that the package's own evaluation text.
+    `suite`: tasks to ask, both models alike. `memory` ("24GB", or "original": what the original takes
+    with one sequence): decode as many sequences of `context` tokens at once as it holds.
     `beside`: what is done is noted beside this name, and a killed run goes on from there; who has
     taken the result sweeps it. Not with `skip`: which pairs ran is not noted.
     Raises DataError for text that is too short, CheckpointError for an original of another
@@ -77,6 +81,8 @@ def evaluate(
     _check_vocabularies(streamed, original, against)
     path, config = streamed.checkpoint.path, streamed.model.config
     given = evaluation_batches(config, path, text, length, data, sampling or Sampling())
+    room = None if memory is None else room_of(memory, context, original, streamed)
+    more = wanted(given, room, prepared(_one_by_one(suite, skip), (streamed, original)))
     start = time.perf_counter()
     with (
         journal_of(beside, _request(streamed, original, given, compute), compute.ranks)
@@ -85,19 +91,30 @@ def evaluate(
     ) as journal:
         by_file = _losses(streamed, original, given, compute, progress, journal)
     seconds = {"evaluate": round(time.perf_counter() - start, 2)}
-    prompt = text_tokens(next(iter(given.values()))[0])
     longest = max(shape_of(of)[1] for of in given.values())
     names = (str(model), None if against is None else str(against))
-    rates = _speed(model, streamed, prompt, compute, skip=skip)
-    after = _result(streamed, by_file, longest, names, rates, seconds)
     if against is None or original is None:
-        return None, after
-    theirs = {
-        name: Loss(r.original_loss_nats or 0.0, r.tokens, 0.0, 1.0, r.original_loss_nats)
-        for name, r in by_file.items()
-    }
-    rates = _speed(against, original, prompt, compute)
-    return _result(original, theirs, longest, (str(against), None), rates, {}), after
+        whole = measure_whole(model, streamed, more, compute, progress, "tasks", skip=skip)
+        after = _result(streamed, by_file, longest, names, whole, seconds)
+        return None, replace(after, **of_tasks(None, whole, more.tasks))
+    theirs = {name: _of_original(r) for name, r in by_file.items()}
+    first = measure_whole(against, original, more, compute, progress, "tasks of the original")
+    before = _result(original, theirs, longest, (str(against), None), first, {})
+    whole = measure_whole(model, streamed, more, compute, progress, "tasks", skip=skip)
+    after = _result(streamed, by_file, longest, names, whole, seconds)
+    return (
+        replace(before, **of_tasks(None, first, more.tasks)),
+        replace(after, **of_tasks(first, whole, more.tasks)),
+    )
+
+
+def _of_original(loss: Loss) -> Loss:
+    return Loss(loss.original_loss_nats or 0.0, loss.tokens, 0.0, 1.0, loss.original_loss_nats)
+
+
+def _one_by_one(suite: Suite | None, skip: bool) -> Suite | None:
+    """Skipping reads what each token received, and what pads a batch would be heard."""
+    return replace(suite, batch=1) if suite is not None and skip else suite
 
 
 def _request(
@@ -172,20 +189,6 @@ def _losses(
     }
 
 
-def _speed(
-    model: str | Path,
-    streamed: Streamed,
-    prompt: Int[Tensor, "one S"],
-    compute: Compute,
-    *,
-    skip: bool = False,
-) -> tuple[float | None, float | None]:
-    """(prompt, decoded) tokens/s of the whole model, where it fits the device; else None."""
-    if not fits(streamed) or not compute.ranks.is_first:
-        return None, None
-    return speed(load(model, compute, skip=skip, exact=False), prompt)  # as generate runs it
-
-
 def _plan_digest(path: Path) -> str | None:
     file = path / "plan.yaml"
     try:
@@ -207,7 +210,7 @@ def _result(
     by_file: Mapping[str, Loss],
     window: int,
     names: tuple[str, str | None],
-    rates: tuple[float | None, float | None],
+    whole: Whole,
     seconds: Mapping[str, float],
 ) -> Result:
     means = mean_loss(by_file)
@@ -227,8 +230,9 @@ def _result(
         window=window,
         memory_bytes=memory_bytes(streamed),
         experts_run=experts_run(streamed.model),
-        prefill_tokens_per_s=rates[0],
-        decode_tokens_per_s=rates[1],
+        prefill_tokens_per_s=whole.prefill_tokens_per_s,
+        decode_tokens_per_s=whole.decode_tokens_per_s,
+        throughput=whole.throughput,
         device=device_name(streamed.device),
         dtype=str(streamed.model.dtype).removeprefix("torch."),
         seconds=seconds,

@@ -22,21 +22,28 @@ from moecule.options import (
     ExpertCache,
     Fit,
     Gone,
+    Held,
     Json,
     Length,
+    Limit,
     Match,
+    Memory,
     Model,
     PatternsFile,
     RecipeName,
     Samples,
     Sets,
+    Shots,
     Size,
     SkipFlag,
     StatesAt,
+    TaskDir,
+    Tasks,
     Texts,
     Trust,
     compute_of,
     recipe_of,
+    suite_of,
 )
 from moecule.show import (
     bar,
@@ -116,13 +123,19 @@ def evaluate(
     text: Texts = None,
     length: Length = None,
     skip: SkipFlag = False,
+    tasks: Tasks = None,
+    task_dir: TaskDir = None,
+    limit: Limit = None,
+    shots: Shots = None,
+    memory: Memory = None,
+    context: Held = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust: Trust = False,
     states: StatesAt = "auto",
     json_: Json = False,
 ) -> None:
-    """Measure loss, size and speed."""
+    """Measure loss, size and speed, and tasks."""
     from moecule.evaluate import evaluate as run
     from moecule.files import write_text
 
@@ -133,6 +146,9 @@ def evaluate(
             text=text or (),
             length=length or 0,
             skip=skip,
+            suite=suite_of(tasks, task_dir, limit, shots),
+            memory=memory,
+            context=context,
             compute=compute_of(device, dtype, trust, states),
             progress=progress,
         )

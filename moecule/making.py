@@ -234,3 +234,21 @@ def export(
     for what in made.left_out:
         say(f"left out: {what}")
     say(f"in {made.folder}: {made.checked}")
+
+
+def cloze(
+    text: Annotated[
+        list[Path], typer.Argument(help="Held-out text, as --data.", metavar="TEXT...")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder of task files.")],
+    items: Annotated[int, typer.Option(help="Of each task, at most.")] = 500,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+) -> None:
+    """Make tasks of held-out text: the last word of passages, and which of four goes on."""
+    from moecule.cloze import cloze as run
+
+    made = run(text, out, items=items, seed=seed)
+    say(
+        f"{sum(made.items.values())} items of {len(made.items)} tasks in {out}; next: moecule evaluate "
+        f"MODEL --task-dir {out}"
+    )

@@ -7,6 +7,7 @@ window; the loss is the mean over windows, in nats a token; perplexity = exp(los
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable
@@ -19,10 +20,11 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 
 from moecule.batch import IGNORED, Batch, labels_of, rows_of
-from moecule.errors import DataError
+from moecule.errors import DataError, RecipeError
 from moecule.hf import Streamed
 
 SPEED_TOKENS = 32  # decoded one by one for the speed figure
+PASS_TOKENS = 2048  # of prompts that pass together, where many sequences do
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,19 @@ class Loss:
     kl_nats: float | None = None  # of the original's distribution against this one's
     top1_agreement: float | None = None  # share of tokens whose likeliest next token is the same
     original_loss_nats: float | None = None
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Decoding at once as many sequences as a memory holds beside the weights."""
+
+    memory_bytes: int
+    context_tokens: int  # of each sequence
+    weight_bytes: int  # of all tensors as on disk
+    sequence_bytes: int  # of the KV cache of one, numbers of 16 bits
+    sequences: int  # that fit
+    decode_tokens_per_s: float | None  # of all together; None: none fits, or not here
+    peak_memory_bytes: int | None  # of the device, activations and all; None: not known on a CPU
 
 
 def window_losses(model: Any, windows: Int[Tensor, "N S"], batch: int = 8) -> Float[Tensor, " N"]:
@@ -109,6 +124,38 @@ def speed(model: Any, prompt: Int[Tensor, "one S"]) -> tuple[float, float]:
             model(token, past_key_values=cache, use_cache=True)
 
     return prompt.shape[1] / prefill, SPEED_TOKENS / _timed(model.device, decode)
+
+
+@torch.no_grad()
+def decode_rate(model: Any, tokens: Int[Tensor, "N S"]) -> float:
+    """tokens/s of all N sequences together, decoding the last SPEED_TOKENS with a full cache.
+
+    Prompts pass a few tokens of every sequence at a time. Raises RecipeError where the device has no
+    room for the activations.
+    """
+    n, length = tokens.shape
+    first = length - SPEED_TOKENS
+    assert first >= 2
+    tokens = tokens.to(model.device)
+    how: dict[str, Any] = {"use_cache": True}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        how["logits_to_keep"] = 1
+    cache = None
+    try:
+        for part in tokens[:, : first - 1].split(max(1, PASS_TOKENS // n), dim=1):
+            cache = model(part, past_key_values=cache, **how).past_key_values
+        steps = tokens[:, first - 1 :].split(1, dim=1)
+        model(steps[0], past_key_values=cache, **how)  # kernels for one token each are compiled
+
+        def decode() -> None:
+            for step in steps[1:]:
+                model(step, past_key_values=cache, **how)
+
+        return n * SPEED_TOKENS / _timed(model.device, decode)
+    except torch.OutOfMemoryError as e:
+        raise RecipeError(
+            f"the device has no room for what {n} sequences compute; give --memory less"
+        ) from e
 
 
 def _timed(device: torch.device, work: Callable[[], Any]) -> float:

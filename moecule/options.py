@@ -72,6 +72,27 @@ ExpertCache = Annotated[
 ]
 
 
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        help="Tasks of lm-evaluation-harness, or of --task-dir: piqa,arc_easy.", metavar="A,B"
+    ),
+]
+TaskDir = Annotated[
+    Path | None, typer.Option(help="Task files, NAME.jsonl each; without --tasks all of them.")
+]
+Limit = Annotated[int | None, typer.Option(help="Items of each task; without: all.")]
+Shots = Annotated[int | None, typer.Option(help="Solved items before each one that is asked.")]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="Decode as many sequences at once as fit: 24GB, or: original (it, and one sequence).",
+        metavar="SIZE",
+    ),
+]
+Held = Annotated[
+    int, typer.Option("--context", help="Tokens of each sequence that --memory is to hold.")
+]
 PatternsFile = Annotated[
     Path | None,
     typer.Option("--patterns", help="What moecule patterns made: load a task's experts alone."),
@@ -112,6 +133,18 @@ def recipe_of(name: str, sets: list[str] | None, samples: int | None, length: in
     if length is not None:
         changes["data.length"] = length
     return load_recipe(name, changes)
+
+
+def suite_of(tasks: str | None, folder: Path | None, limit: int | None, shots: int | None) -> Any:
+    """What is asked of a model, None for nothing. Raises RecipeError for what cannot be."""
+    from moecule.suite import Suite
+
+    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
+    if tasks is None and folder is None:
+        if limit is not None or shots is not None:
+            raise RecipeError("--limit and --shots are of tasks; give --tasks or --task-dir, too")
+        return None
+    return Suite(names, folder, limit, shots)
 
 
 def domains_of(given: list[str]) -> dict[str, str]:

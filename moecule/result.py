@@ -6,9 +6,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+from moecule.budget import format_size
 from moecule.errors import DataError
-from moecule.measure import Loss
+from moecule.measure import Loss, Throughput
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,13 @@ class Result:
         default_factory=dict
     )  # host and device, of compress
     seconds: Mapping[str, float] = field(default_factory=dict)  # by verb
+    # {task: {metric, metric_stderr, n}}; the original's; what changed, by the items' own differences
+    tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    original_tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    task_changes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    suite: Mapping[str, Any] = field(default_factory=dict)  # what was asked, and by what
+    throughput: Throughput | None = None
+    original_throughput: Throughput | None = None
 
     def dumps(self) -> str:
         """As JSON."""
@@ -100,7 +109,52 @@ def table(before: Result, after: Result) -> list[tuple[str, str, str, str]]:
             ratio=True,
         )
     )
-    return rows
+    return rows + _throughput_rows(before, after) + _task_rows(after)
+
+
+def _throughput_rows(before: Result, after: Result) -> list[tuple[str, str, str, str]]:
+    a, b = before.throughput, after.throughput
+    if a is None or b is None:
+        return []
+    held = f"in {format_size(b.memory_bytes)}"
+    ratio = f"x {b.sequences / a.sequences:.3f}" if a.sequences else ""
+    rate = "decoded tokens/s of all"
+    return [
+        (f"sequences {held}", str(a.sequences), str(b.sequences), ratio),
+        _row(rate, a.decode_tokens_per_s, b.decode_tokens_per_s, "{:.1f}", ratio=True),
+    ]
+
+
+def _task_rows(after: Result) -> list[tuple[str, str, str, str]]:
+    """Each metric with its standard error; the change's is of the items' own differences."""
+    return [
+        (
+            f"{task}, {metric}",
+            shown(after.original_tasks[task], metric),
+            shown(row, metric),
+            shown(after.task_changes[task], metric, "+"),
+        )
+        for task, row, metric in told(after)
+        if after.original_tasks
+    ]
+
+
+def told(result: Result) -> list[tuple[str, Mapping[str, float], str]]:
+    """(task, its numbers, the name of a metric); of a group its mean alone."""
+    inside = {task for of in result.suite.get("groups", {}).values() for task in of}
+    return [
+        (task, row, metric)
+        for task, row in result.tasks.items()
+        if task not in inside
+        for metric in row
+        if metric != "n" and not metric.endswith("_stderr")
+    ]
+
+
+def shown(row: Mapping[str, float], metric: str, sign: str = "") -> str:
+    """A metric and its standard error, for a person."""
+    error = row.get(f"{metric}_stderr")
+    return f"{row[metric]:{sign}.4f}" + ("" if error is None else f" \u00b1 {error:.4f}")
 
 
 def _row(
@@ -118,6 +172,9 @@ def load_result(path: Path) -> Result:
     try:
         doc = json.loads(path.read_text())
         doc["by_file"] = {k: Loss(**v) for k, v in doc["by_file"].items()}
+        for name in ("throughput", "original_throughput"):
+            if doc.get(name) is not None:
+                doc[name] = Throughput(**doc[name])
         return Result(**doc)
     except (OSError, ValueError, TypeError, KeyError) as e:
         raise DataError(f"{path} is no result of moecule evaluate ({e})") from e

@@ -57,12 +57,23 @@ def print_change(before: Any, after: Any) -> None:
 
 def print_one(result: Any) -> None:
     """One result."""
+    from moecule.budget import format_size
+    from moecule.result import shown as with_error
+    from moecule.result import told
+
     shown = Table(show_header=False, box=None)
     for name, value in asdict(result).items():
         if isinstance(value, (int, float, str)):
             shown.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
     for name, loss in result.by_file.items():
         shown.add_row(f"loss on {name}", f"{loss.loss_nats:.4f}")
+    if result.throughput is not None:
+        of = result.throughput
+        shown.add_row(f"sequences in {format_size(of.memory_bytes)}", str(of.sequences))
+        rate = of.decode_tokens_per_s
+        shown.add_row("decoded tokens/s of all", "does not fit" if rate is None else f"{rate:.1f}")
+    for name, row, metric in told(result):
+        shown.add_row(f"{name}, {metric}", with_error(row, metric))
     out_console.print(shown)
 
 

@@ -29,9 +29,10 @@ PROGRESS = re.compile(r"(calibrate|apply|evaluate) \d+/\d+$")
 OPTIONS = {
     "apply": "data device dtype length out samples states trust-remote-code",
     "calibrate": "data device dtype length out recipe samples set states trust-remote-code",
+    "cloze": "items out seed",
     "compress": "bits clamp context data device drop dtype fit json length out recipe samples set "
     "size states target text trust-remote-code",
-    "evaluate": "against device dtype json length skip states text trust-remote-code",
+    "evaluate": "against context device dtype json length limit memory shots skip states task-dir tasks text trust-remote-code",
     "export": "json out to type",
     "families": "json",
     "generate": "compile device dtype exact expert-cache experts match patterns seed skip temperature "
