@@ -14,6 +14,7 @@ from moecule.errors import MoeculeError
 from moecule.evaluate import evaluate
 from moecule.generate import Generated, generate
 from moecule.inspect import Inspection, inspect
+from moecule.load import ExpertLoad, expert_load
 from moecule.online import experts_run, set_skip
 from moecule.plan import Drop, Keep, Plan, Skip
 from moecule.recipe import Recipe, load_recipe
@@ -29,6 +30,7 @@ __all__ = [
     "Compressed",
     "Compute",
     "Drop",
+    "ExpertLoad",
     "Generated",
     "Inspection",
     "Keep",
@@ -41,6 +43,7 @@ __all__ = [
     "calibrate",
     "compress",
     "evaluate",
+    "expert_load",
     "experts_run",
     "generate",
     "inspect",

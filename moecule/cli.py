@@ -11,6 +11,7 @@ import typer
 from moecule import looking, making
 from moecule.errors import MoeculeError
 from moecule.interrupt import Verbs
+from moecule.options import hushable
 from moecule.show import complain, err_console, out_console
 
 app = typer.Typer(
@@ -26,7 +27,7 @@ VERBS = (  # as --help lists them
     *(looking.evaluate, making.patterns, looking.generate),
 )
 for _verb in VERBS:
-    app.command()(_verb)
+    app.command()(hushable(_verb))
 
 
 def main() -> None:

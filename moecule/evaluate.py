@@ -134,8 +134,8 @@ def _losses(
     models = [m for m in (streamed, original) if m is not None]
     batches = [(name, batch) for name, of in given.items() for batch in of]
     ranks, mine = compute.ranks, compute.ranks.mine(batches)
-    tick = ticker(progress, "evaluate", sum(len(m.layers) for m in models))
     tokens = sum(map(n_tokens, given.values()))
+    tick = ticker(progress, "evaluate", sum(len(m.layers) for m in models), tokens)
     sums = {name: torch.zeros(4, dtype=torch.float64) for name in given}
     known = {} if journal is None else journal.done(SUMS)
     left = [b for b in range(-(-len(batches) // ranks.size)) if b not in known]

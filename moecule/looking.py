@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from moecule.options import (
     Bits,
+    CacheExperts,
     Chosen,
     Clamp,
     Compiled,
     Context,
+    Data,
     Device,
     Dtype,
+    Engines,
     Exact,
     ExpertCache,
     Fit,
     Gone,
+    Gpus,
     Json,
     Length,
+    LoadFlag,
+    LoadOut,
     Match,
     Model,
     PatternsFile,
     RecipeName,
+    Replicas,
     Samples,
     Sets,
     Size,
@@ -40,12 +47,13 @@ from moecule.options import (
 )
 from moecule.show import (
     bar,
-    err_console,
-    out_console,
     print_change,
     print_json,
     print_one,
     print_table,
+    remark,
+    say,
+    show,
 )
 
 
@@ -65,9 +73,25 @@ def inspect(
     dtype: Dtype = "auto",
     states: StatesAt = "auto",
     time: Annotated[bool, typer.Option(help="Measure rates and estimate the time.")] = True,
+    load: LoadFlag = False,
+    gpus: Gpus = 8,
+    replicas: Replicas = 1,
+    cache_experts: CacheExperts = None,
+    engine: Engines = None,
+    data: Data = None,
+    out: LoadOut = Path("expert_load.json"),
     json_: Json = False,
 ) -> None:
-    """Show what a model holds, and what compressing it would take: bytes, bits and time."""
+    """Show what a model holds, and what compressing it would take: bytes, bits and time.
+
+    With --load (of a model, or of a folder of statistics): how its experts are used, instead.
+    """
+    if load:
+        _load(
+            *(model, out, gpus, replicas, cache_experts or ["50%"], engine or [], data),
+            *(samples, length, compute_of(device, dtype, False, states), json_),
+        )
+        return
     from moecule.inspect import inspect as look
     from moecule.inspect import table
     from moecule.verbs import Ask
@@ -85,7 +109,49 @@ def inspect(
     shown = Table(show_header=False, box=None)
     for row in table(found, recipe):
         shown.add_row(*row)
-    out_console.print(shown)
+    show(shown)
+
+
+def _load(
+    model: str,
+    out: Path,
+    gpus: int,
+    replicas: int,
+    cache_experts: list[str],
+    engines: list[Any],
+    data: Path | None,
+    samples: int | None,
+    length: int | None,
+    compute: Any,
+    json_: bool,
+) -> None:
+    from moecule.load import SAMPLING, expert_load, tables
+
+    given = {k: v for k, v in (("samples", samples), ("length", length)) if v is not None}
+    with bar() as progress:
+        found = expert_load(
+            model,
+            out,
+            gpus=gpus,
+            replicas=replicas,
+            cache_experts=cache_experts,
+            engines=engines,
+            data=data,
+            sampling=replace(SAMPLING, **given),
+            compute=compute,
+            progress=progress,
+        )
+    if json_:
+        print_json(asdict(found))
+        return
+    layers, caches = tables(found)
+    print_table(layers)
+    if found.offloading:
+        print_table(caches)
+    say(
+        f"{out}: the busiest of {gpus} GPUs has {found.balance_before:.3f} times the mean to do, and "
+        f"{found.balance_after:.3f} times with {replicas} replicas a GPU, placed as planned there"
+    )
 
 
 def families(json_: Json = False) -> None:
@@ -162,6 +228,7 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust: Trust = False,
+    json_: Json = False,
 ) -> None:
     """Print text as the model makes it, and tokens a second."""
     from moecule.budget import format_size
@@ -185,8 +252,11 @@ def generate(
         experts=experts,
         match=match,
         compute=compute_of(device, dtype, trust),
-        say=write,
+        say=(lambda piece: None) if json_ else write,
     )
+    if json_:
+        print_json(asdict(made))
+        return
     ran = f", {100 * made.experts_run:.1f} % of the experts run" if skip else ""
     line = f"\n{made.tokens} tokens, {made.tokens_per_s:.1f} a second on {made.device}{ran}"
     if made.cache is not None:
@@ -200,4 +270,4 @@ def generate(
             f", pattern {found.task}: {found.experts} of {found.of} experts a layer, "
             f"{format_size(found.memory_bytes)} of {format_size(found.whole_bytes)}"
         )
-    err_console.print(line, soft_wrap=True)
+    remark(line)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import tomllib
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from moecule.errors import RecipeError
+from moecule.show import hush
 
 Model = Annotated[
     str, typer.Argument(help="A folder, a Hub id in the cache, or: embedded.", metavar="MODEL")
@@ -56,6 +60,9 @@ StatesAt = Annotated[
     Where, typer.Option("--states", help="Where hidden states lie: auto, device, host or disk.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No progress and no tables; warnings and errors.")
+]
 Texts = Annotated[
     list[Path] | None, typer.Option("--text", help="Text to evaluate on, as --data; may repeat.")
 ]
@@ -85,6 +92,44 @@ Domains = Annotated[
     list[str],
     typer.Option("--domain", help="A task and its text; may repeat.", metavar="NAME=FILE"),
 ]
+
+
+LoadFlag = Annotated[
+    bool,
+    typer.Option(
+        "--load", help="How text uses the experts, where to place them, what a cache would serve."
+    ),
+]
+Gpus = Annotated[int, typer.Option(help="With --load: GPUs that share the experts.")]
+Replicas = Annotated[
+    int, typer.Option(help="With --load: slots a GPU beyond one copy of every expert.")
+]
+CacheExperts = Annotated[
+    list[str] | None,
+    typer.Option(help="With --load: experts of a layer in the cache, 4 or 50%; may repeat."),
+]
+Engines = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--engine", help="With --load: its file too: sglang, tensorrt-llm, vllm-ascend; may repeat."
+    ),
+]
+LoadOut = Annotated[Path, typer.Option("-o", "--out", help="With --load: the file it writes.")]
+
+
+def hushable(verb: Callable[..., None]) -> Callable[..., None]:
+    """The command with an option more, which all have: --quiet."""
+
+    @wraps(verb)
+    def told(*args: Any, quiet: bool, **kwargs: Any) -> None:
+        hush(quiet)
+        verb(*args, **kwargs)
+
+    given, kind = inspect.signature(verb, eval_str=True), inspect.Parameter.KEYWORD_ONLY
+    quiet = inspect.Parameter("quiet", kind, default=False, annotation=Quiet)
+    vars(told)["__signature__"] = given.replace(parameters=[*given.parameters.values(), quiet])
+    told.__annotations__ = {p.name: p.annotation for p in (*given.parameters.values(), quiet)}
+    return told
 
 
 def compute_of(device: str, dtype: str, trust: bool, states: Where = "auto") -> Any:
