@@ -60,12 +60,15 @@ def check_plan(plan: Plan, streamed: Streamed) -> None:
     moes = {i: moe for i in range(len(streamed.layers)) if (moe := streamed.moe(i))}
     if sorted(moes) != sorted(plan.layers):
         raise PlanError(
-            f"the plan has layers {sorted(plan.layers)}, the model's MoE layers are {sorted(moes)}"
+            f"the plan has layers {sorted(plan.layers)}, the model's MoE layers are "
+            f"{sorted(moes)}; plan again for this model"
         )
     for i, moe in moes.items():
         fates, n = plan.layers[i], moe.experts.num_experts
         if len(fates) != n:
-            raise PlanError(f"plan: layer {i} has {len(fates)} experts, the model has {n}")
+            raise PlanError(
+                f"plan: layer {i} has {len(fates)} experts, the model has {n}; plan again for this model"
+            )
         check_merges(plan, i)
         if plan.refit and end_of(moe.experts) is not None:
             raise PlanError("plan: refit: a norm follows this model's experts; give refit: false")
@@ -73,7 +76,8 @@ def check_plan(plan: Plan, streamed: Streamed) -> None:
         top_k = moe.top_k if plan.top_k is None else plan.top_k
         if top_k > moe.top_k:
             raise PlanError(
-                f"plan: top_k has {top_k}, and the router of layer {i} picks {moe.top_k}"
+                f"plan: top_k has {top_k}, and the router of layer {i} picks {moe.top_k}; "
+                "give that or fewer"
             )
         if not kept or (len(kept) < top_k and not plan.has_aliases(i)):
             raise PlanError(
@@ -99,11 +103,11 @@ def check_plan(plan: Plan, streamed: Streamed) -> None:
         )
     if plan.sparse is not None and not set(plan.sparse.density) <= set(moes):
         raise PlanError(
-            f"plan: sparse names layers {sorted(plan.sparse.density)}, of {sorted(moes)}"
+            f"plan: sparse names layers {sorted(plan.sparse.density)}, wanted some of {sorted(moes)}"
         )
     if plan.skip is not None and not set(plan.skip.thresholds) <= set(moes):
         raise PlanError(
-            f"plan: skip names layers {sorted(plan.skip.thresholds)}, of {sorted(moes)}"
+            f"plan: skip names layers {sorted(plan.skip.thresholds)}, wanted some of {sorted(moes)}"
         )
     for i, limits in (plan.skip.thresholds if plan.skip else {}).items():
         tail = (moes[i].top_k if plan.top_k is None else plan.top_k) - 1
@@ -124,7 +128,8 @@ def _check_channels(plan: Plan, layer: int, n: int, full: int) -> None:
         )
     if max(widths) > full:
         raise PlanError(
-            f"plan: layer {layer}: an expert keeps {max(widths)} channels; the model's have {full}"
+            f"plan: layer {layer}: an expert keeps {max(widths)} channels; the model's have "
+            f"{full}; keep so many at most"
         )
     if widths == {0}:
         raise PlanError(f"plan: layer {layer}: no expert keeps a channel; wanted some")

@@ -214,7 +214,9 @@ def _result(
     loss = means["loss_nats"]
     assert loss is not None  # every file has a loss
     if loss > MOST_NATS:
-        raise DataError(f"a loss of {loss:.3g} nats a token; the checkpoint is damaged")
+        raise DataError(
+            f"a loss of {loss:.3g} nats a token; the checkpoint is damaged, fetch it or make it again"
+        )
     return Result(
         model=names[0],
         against=names[1],

@@ -120,4 +120,4 @@ def load_result(path: Path) -> Result:
         doc["by_file"] = {k: Loss(**v) for k, v in doc["by_file"].items()}
         return Result(**doc)
     except (OSError, ValueError, TypeError, KeyError) as e:
-        raise DataError(f"{path} is no result of moecule evaluate ({e})") from e
+        raise DataError(f"{path} is no result of moecule evaluate ({e}); evaluate again") from e

@@ -232,13 +232,17 @@ def load(
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as e:
-        refused = own_code and not compute.trust_remote_code
-        hint = "; code that comes with a model runs with --trust-remote-code only"
-        said = f"{checkpoint.path} does not load: {_first_line(e)}{hint if refused else ''}"
+        if own_code and not compute.trust_remote_code:
+            hint = "; code that comes with a model runs with --trust-remote-code only"
+        else:
+            hint = "; fetch it again, or make it again if moecule made it"
+        said = f"{checkpoint.path} does not load: {_first_line(e)}{hint}"
         raise CheckpointError(said) from e
     lacking = sorted({*told["missing_keys"], *(k for k, *_ in told["mismatched_keys"])})
     if lacking:  # transformers fills these in at random
-        raise CheckpointError(f"{checkpoint.path} lacks {lacking[0]} ({len(lacking)} missing)")
+        raise CheckpointError(
+            f"{checkpoint.path} lacks {lacking[0]} ({len(lacking)} missing); fetch it again"
+        )
     if checkpoint.config["model_type"] != PACKED:
         choose_experts(loaded)
     set_exact(loaded, exact)

@@ -226,7 +226,7 @@ def test_what_cannot_be_generated_is_refused(model, tmp_path, args, said):
             "the least that recipe uniform can is 1, the most 8",
         ),
         (["--recipe", "uniform", "--bits", "2.5"], "uniform takes whole bits only, not 2.5"),
-        (["--size", "1kB"], "size 1kB cannot be met; the least .* is [0-9.]+ kB$"),
+        (["--size", "1kB"], "size 1kB cannot be met; the least .* is [0-9.]+ kB; ask for more$"),
         (
             ["--fit", "1kB"],
             "fit 1kB, .* the least .* is [0-9.]+ kB and [0-9.]+ kB for the KV cache",
