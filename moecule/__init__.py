@@ -8,6 +8,7 @@ Importing this package registers its checkpoints with transformers:
     model = AutoModelForCausalLM.from_pretrained("out")
 """
 
+from moecule import quick as _quick  # noqa: F401  ends here where no more is needed
 from moecule import runtime as _runtime  # noqa: F401  registers
 from moecule.compress import Compressed, compress
 from moecule.errors import MoeculeError

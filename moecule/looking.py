@@ -176,6 +176,17 @@ def methods(json_: Json = False) -> None:
     print_table(rows(found))
 
 
+def recipes(json_: Json = False) -> None:
+    """List the recipes: what each does, and its paper."""
+    from moecule.listing import recipe_listing, recipe_rows
+
+    found = recipe_listing()
+    if json_:
+        print_json([asdict(recipe) for recipe in found])
+        return
+    print_table(recipe_rows(found))
+
+
 def evaluate(
     model: Model,
     against: Annotated[str | None, typer.Option(help="The original, for KL and agreement.")] = None,

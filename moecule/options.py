@@ -11,13 +11,26 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from moecule.complete import models, recipes
 from moecule.errors import RecipeError
 from moecule.show import hush
 
 Model = Annotated[
-    str, typer.Argument(help="A folder, a Hub id in the cache, or: embedded.", metavar="MODEL")
+    str,
+    typer.Argument(
+        help="A folder, a Hub id in the cache, or: embedded.",
+        metavar="MODEL",
+        autocompletion=models,
+    ),
 ]
-RecipeName = Annotated[str, typer.Option("--recipe", help="A recipe by name, or a .toml file.")]
+RecipeName = Annotated[
+    str,
+    typer.Option(
+        "--recipe",
+        help="A recipe by name (moecule recipes), or a .toml file.",
+        autocompletion=recipes,
+    ),
+]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a key: encode.damp=0.05", metavar="KEY=VALUE"),

@@ -297,7 +297,7 @@ def _merges(doc: Any) -> Merges:
             f"{', '.join(get_args(Router))}; found {how!r}, {router!r}"
         )
     if not all(0 <= x < math.inf for t in given.values() for x in t):  # NaN is not, either
-        raise PlanError("plan: merge: weights are numbers from 0 up")
+        raise PlanError("plan: merge: weights, wanted numbers from 0 up")
     return Merges(how, router, given)
 
 

@@ -40,6 +40,7 @@ OPTIONS = {
     "length load out quiet recipe replicas samples set size states time",
     "methods": "json quiet",
     "patterns": "device domain dtype json length out quiet recipe samples set trust-remote-code",
+    "recipes": "json quiet",
     "plan": "bits clamp context drop fit json out quiet recipe set size target",
 }
 
