@@ -93,18 +93,7 @@ def check_plan(plan: Plan, streamed: Streamed) -> None:
                 f"plan: layer {i}: a norm ends its experts, and pieces of them do not add up; "
                 "give each expert one width"
             )
-    every = [f for of in plan.layers.values() for f in of]
-    if plan.sparse is not None and any(isinstance(f, Keep) and f.pieces for f in every):
-        raise PlanError("plan: experts in pieces and sparse; wanted one or the other")
-    if plan.sparse is not None and not plan.leaves_experts:
-        raise PlanError(
-            "plan: sparse, and experts of fewer than 16 bits: rounding has no 0 and would undo it; give "
-            "one or the other"
-        )
-    if plan.sparse is not None and not set(plan.sparse.density) <= set(moes):
-        raise PlanError(
-            f"plan: sparse names layers {sorted(plan.sparse.density)}, wanted some of {sorted(moes)}"
-        )
+    _check_sparse(plan)
     if plan.skip is not None and not set(plan.skip.thresholds) <= set(moes):
         raise PlanError(
             f"plan: skip names layers {sorted(plan.skip.thresholds)}, wanted some of {sorted(moes)}"
@@ -113,6 +102,23 @@ def check_plan(plan: Plan, streamed: Streamed) -> None:
         tail = (moes[i].top_k if plan.top_k is None else plan.top_k) - 1
         if len(limits) != tail:
             raise PlanError(f"plan: skip: layer {i} has {len(limits)} thresholds, wanted {tail}")
+
+
+def _check_sparse(plan: Plan) -> None:
+    """Raise PlanError for zeros that do not go with the rest of the plan, or are of no MoE layer."""
+    if plan.sparse is None:
+        return
+    every = [f for of in plan.layers.values() for f in of]
+    if any(isinstance(f, Keep) and f.pieces for f in every):
+        raise PlanError("plan: experts in pieces and sparse; wanted one or the other")
+    if not plan.leaves_experts:
+        raise PlanError(
+            "plan: sparse, and experts of fewer than 16 bits: rounding has no 0 and would undo it; give "
+            "one or the other"
+        )
+    named, there = sorted(plan.sparse.density), sorted(plan.layers)
+    if not {*named} <= {*there}:
+        raise PlanError(f"plan: sparse names layers {named}, wanted some of {there}")
 
 
 def _check_channels(plan: Plan, layer: int, n: int, full: int) -> None:
