@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from moecule.batch import Batch, digest, n_tokens, shape_of, tokens_of
-from moecule.budget import format_size
+from moecule.budget import Inventory, format_size
 from moecule.data import Sampling
 from moecule.errors import DataError, OutputError, RecipeError
 from moecule.files import write_text
@@ -100,7 +100,7 @@ def expert_load(
     *,
     gpus: int = 8,
     replicas: int = 1,
-    cache_experts: Sequence[str | int] = ("50%",),
+    cache_experts: Sequence[str | int] = (),
     engines: Sequence[str] = (),
     data: str | Path | None = None,
     sampling: Sampling = SAMPLING,
@@ -111,7 +111,8 @@ def expert_load(
 
     `source`: a model, compressed or not, which a few windows of text pass; or a stats folder, which has
     no order of tokens, so nothing is simulated. `cache_experts`: sizes of the cache in experts of a
-    layer, "4", or a share of them, "25%". `engines`: beside `out`, the placement as each of them takes it.
+    layer, "4", or a share of them, "25%"; without any, half of them. `engines`: beside `out`, the
+    placement as each of them takes it.
     Raises RecipeError for numbers that cannot be, OutputError where a file cannot be written, DataError
     and CheckpointError as what is read raises.
     """
@@ -122,9 +123,14 @@ def expert_load(
         raise RecipeError("files for engines go beside the output; name one (--out)")
     if out is not None and Path(out).is_dir():
         raise OutputError(f"{out} is a folder; name a file")
-    sizes = [parse_cache(c) for c in cache_experts]
+    sizes = [parse_cache(c) for c in cache_experts or ("50%",)]
     if (Path(source) / "meta.json").is_file():
-        found, n_layers = _of_stats(Path(source), gpus, replicas), 0
+        if cache_experts or data is not None:
+            raise DataError(
+                f"{source} holds sums, which have no order of tokens, and needs no text; give the model, "
+                "or leave out --cache-experts and --data"
+            )
+        found, n_layers = _of_stats(Path(source), gpus, replicas)
     else:
         streamed = stream_any(source, compute)
         n_layers = len(streamed.layers)
@@ -144,7 +150,6 @@ def expert_load(
         )
     if out is not None and compute.ranks.is_first:
         placed = {x.layer: Placement(gpus, x.physical_to_logical) for x in found.layers}
-        n_layers = n_layers or max(placed) + 1
         texts = {beside(Path(out), e): for_engine(e, placed, n_layers) for e in engines}
         for file, what in {Path(out): found.dumps(), **texts}.items():
             write_text(file, what)
@@ -187,7 +192,8 @@ def room(size: int | float, n: int, top_k: int, layer: int) -> int:
     return wanted
 
 
-def _of_stats(folder: Path, gpus: int, replicas: int) -> ExpertLoad:
+def _of_stats(folder: Path, gpus: int, replicas: int) -> tuple[ExpertLoad, int]:
+    """(what the counts say, how many decoder layers the model has)."""
     sums, meta = load_stats(folder)
     if not all(COUNT.name in of for of in sums.values()) or not sums:
         raise DataError(f"{folder} does not say how often experts were used; calibrate again")
@@ -195,9 +201,15 @@ def _of_stats(folder: Path, gpus: int, replicas: int) -> ExpertLoad:
         _layer(i, [int(c) for c in of[COUNT.name].tolist()], gpus, replicas)
         for i, of in sorted(sums.items())
     )
-    windows = meta.get("window") or [0, 0]
-    text = {"digest": meta.get("tokens"), "windows": windows}
-    return _whole(str(meta.get("model")), str(meta.get("digest")), text, gpus, replicas, layers)
+    try:
+        parts = Inventory.from_dict(meta["inventory"]).weights.values()
+        text = {"digest": meta["tokens"], "windows": meta["window"]}
+        names = str(meta["model"]), str(meta["digest"])
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise DataError(f"{folder} is damaged ({e!r}); remove it and calibrate again") from e
+    # every decoder layer has some weights besides experts
+    n_layers = 1 + max([*sums, *(w.layer for w in parts)])
+    return _whole(*names, text, gpus, replicas, layers), n_layers
 
 
 def _of_routes(

@@ -44,6 +44,7 @@ from moecule.options import (
     Trust,
     compute_of,
     recipe_of,
+    refuse_beside,
 )
 from moecule.show import (
     bar,
@@ -74,23 +75,25 @@ def inspect(
     states: StatesAt = "auto",
     time: Annotated[bool, typer.Option(help="Measure rates and estimate the time.")] = True,
     load: LoadFlag = False,
-    gpus: Gpus = 8,
-    replicas: Replicas = 1,
+    gpus: Gpus = None,
+    replicas: Replicas = None,
     cache_experts: CacheExperts = None,
     engine: Engines = None,
     data: Data = None,
-    out: LoadOut = Path("expert_load.json"),
+    out: LoadOut = None,
     json_: Json = False,
 ) -> None:
     """Show what a model holds, and what compressing it would take: bytes, bits and time.
 
     With --load (of a model, or of a folder of statistics): how its experts are used, instead.
     """
+    of_load = {"gpus": gpus, "replicas": replicas, "cache_experts": cache_experts, "data": data}
+    of_load |= {"engines": engine, "out": out}
+    of_plan = {"set": set_, "bits": bits, "size": size, "fit": fit, "drop": drop}
+    refuse_beside(load, of_load, of_plan)
     if load:
-        _load(
-            *(model, out, gpus, replicas, cache_experts or ["50%"], engine or [], data),
-            *(samples, length, compute_of(device, dtype, False, states), json_),
-        )
+        how = {"samples": samples, "length": length}
+        _load(model, of_load, how, compute_of(device, dtype, False, states), json_)
         return
     from moecule.inspect import inspect as look
     from moecule.inspect import table
@@ -113,33 +116,16 @@ def inspect(
 
 
 def _load(
-    model: str,
-    out: Path,
-    gpus: int,
-    replicas: int,
-    cache_experts: list[str],
-    engines: list[Any],
-    data: Path | None,
-    samples: int | None,
-    length: int | None,
-    compute: Any,
-    json_: bool,
+    model: str, wished: dict[str, Any], how: dict[str, int | None], compute: Any, json_: bool
 ) -> None:
     from moecule.load import SAMPLING, expert_load, tables
 
-    given = {k: v for k, v in (("samples", samples), ("length", length)) if v is not None}
+    given = {k: v for k, v in wished.items() if v is not None and k != "out"}
+    sampling = replace(SAMPLING, **{k: v for k, v in how.items() if v is not None})
+    out = wished["out"] or Path("expert_load.json")
     with bar() as progress:
         found = expert_load(
-            model,
-            out,
-            gpus=gpus,
-            replicas=replicas,
-            cache_experts=cache_experts,
-            engines=engines,
-            data=data,
-            sampling=replace(SAMPLING, **given),
-            compute=compute,
-            progress=progress,
+            model, out, **given, sampling=sampling, compute=compute, progress=progress
         )
     if json_:
         print_json(asdict(found))
@@ -149,8 +135,8 @@ def _load(
     if found.offloading:
         print_table(caches)
     say(
-        f"{out}: the busiest of {gpus} GPUs has {found.balance_before:.3f} times the mean to do, and "
-        f"{found.balance_after:.3f} times with {replicas} replicas a GPU, placed as planned there"
+        f"{out}: the busiest of {found.gpus} GPUs has {found.balance_before:.3f} times the mean to do, and "
+        f"{found.balance_after:.3f} times with {found.replicas} replicas a GPU, placed as planned there"
     )
 
 

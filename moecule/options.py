@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -113,9 +113,14 @@ LoadFlag = Annotated[
         "--load", help="How text uses the experts, where to place them, what a cache would serve."
     ),
 ]
-Gpus = Annotated[int, typer.Option(help="With --load: GPUs that share the experts.")]
+Gpus = Annotated[
+    int | None, typer.Option(help="With --load: GPUs that share the experts, 8 where not given.")
+]
 Replicas = Annotated[
-    int, typer.Option(help="With --load: slots a GPU beyond one copy of every expert.")
+    int | None,
+    typer.Option(
+        help="With --load: slots a GPU beyond one copy of every expert, 1 where not given."
+    ),
 ]
 CacheExperts = Annotated[
     list[str] | None,
@@ -127,7 +132,10 @@ Engines = Annotated[
         "--engine", help="With --load: its file too: sglang, tensorrt-llm, vllm-ascend; may repeat."
     ),
 ]
-LoadOut = Annotated[Path, typer.Option("-o", "--out", help="With --load: the file it writes.")]
+LoadOut = Annotated[
+    Path | None,
+    typer.Option("-o", "--out", help="With --load: the file, expert_load.json where not given."),
+]
 
 
 def hushable(verb: Callable[..., None]) -> Callable[..., None]:
@@ -150,6 +158,18 @@ def compute_of(device: str, dtype: str, trust: bool, states: Where = "auto") -> 
     from moecule.session import Compute
 
     return Compute(device, dtype, trust, states).joined()
+
+
+def refuse_beside(load: bool, of_load: Mapping[str, Any], of_plan: Mapping[str, Any]) -> None:
+    """Raise RecipeError for options that do nothing with --load, or without it."""
+    idle = [name for name, value in (of_plan if load else of_load).items() if value is not None]
+    if idle:
+        option = "--" + idle[0].removesuffix("s" if idle[0] == "engines" else "").replace("_", "-")
+        raise RecipeError(
+            f"{option} is not of --load; leave one of them out"
+            if load
+            else f"{option} goes with --load; add that, or leave it out"
+        )
 
 
 def recipe_of(name: str, sets: list[str] | None, samples: int | None, length: int | None) -> Any:

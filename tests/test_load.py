@@ -255,6 +255,15 @@ def test_statistics_tell_the_same_counts_and_no_order(place_):
     assert [x.count for x in from_stats.layers] == [x.count for x in from_model.layers]
     assert from_stats.digest == from_model.digest and from_stats.text == from_model.text
     assert from_stats.offloading == () and from_stats.balance_unseen is None
+    out = folder / "of_stats.json"
+    moecule.expert_load(stats, out, gpus=2, engines=("sglang",))
+    rows = json.loads((folder / "of_stats.sglang.json").read_text())["physical_to_logical_map"]
+    assert rows == [[*x.physical_to_logical] for x in from_model.layers]
+    for given in ({"cache_experts": (4,)}, {"data": folder / "text.txt"}):
+        with pytest.raises(
+            DataError, match="no order of tokens, and needs no text; give the model"
+        ):
+            moecule.expert_load(stats, **given)
 
 
 def test_the_command_writes_and_prints(place_, tmp_path):
@@ -269,9 +278,17 @@ def test_the_command_writes_and_prints(place_, tmp_path):
         (("--cache-experts", "1"), "layer 0 has 8 and a token needs 2 at once; give --cache-expe"),
         (("--cache-experts", "x"), "a cache of 'x' experts was asked for; wanted a number"),
         (("--engine", "x"), "engine 'x' is not known; wanted sglang, tensorrt-llm, vllm-asc"),
+        (("--bits", "2"), "--bits is not of --load; leave one of them out"),
         (("-o", tmp_path), "is a folder; name a file"),
     ):
         assert re.search(said, refused(tmp_path, *args, "-o", tmp_path / "l.json", *wrong))
+
+
+def test_options_of_load_do_not_go_unheeded(place_, tmp_path):
+    model, _ = place_
+    for wrong in ("--gpus", "--engine", "--cache-experts"):
+        said = refused(tmp_path, "inspect", model, wrong, "2")
+        assert f"{wrong} goes with --load; add that, or leave it out" in said
 
 
 def test_sizes_of_caches():
