@@ -88,7 +88,9 @@ def evaluate(
     prompt = text_tokens(next(iter(given.values()))[0])
     longest = max(shape_of(of)[1] for of in given.values())
     names = (str(model), None if against is None else str(against))
+    timed = ticker(progress, "speed", 1 if against is None else 2)
     rates = _speed(model, streamed, prompt, compute, skip=skip)
+    timed()
     after = _result(streamed, by_file, longest, names, rates, seconds)
     if against is None or original is None:
         return None, after
@@ -97,6 +99,7 @@ def evaluate(
         for name, r in by_file.items()
     }
     rates = _speed(against, original, prompt, compute)
+    timed()
     return _result(original, theirs, longest, (str(against), None), rates, {}), after
 
 

@@ -83,8 +83,8 @@ def recipe_listing() -> list[ListedRecipe]:
 
 def recipe_rows(found: Sequence[ListedRecipe]) -> list[tuple[str, ...]]:
     """The head, and a row for each recipe."""
-    rows = [(r.name, r.about, r.paper, ", ".join(r.methods), r.default) for r in found]
-    return [("recipe", "what", "paper", "methods", "by default"), *rows]
+    rows = [(r.name, r.paper, r.default, r.about) for r in found]
+    return [("recipe", "paper", "by default", "what"), *rows]
 
 
 def _methods(recipe: Recipe) -> tuple[str, ...]:

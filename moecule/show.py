@@ -18,6 +18,9 @@ from moecule.progress import lines, live
 out_console, err_console = Console(markup=False), Console(markup=False, stderr=True)
 
 
+WIDE = 10_000  # columns
+
+
 @dataclass
 class _Told:
     """What the user wants to be told."""
@@ -52,9 +55,11 @@ def print_json(doc: Any) -> None:
 
 
 def show(table: Table) -> None:
-    """A table."""
-    if not _told.hushed:
-        out_console.print(table)
+    """A table: as wide as a terminal is, elsewhere a line for every row, however long."""
+    if _told.hushed or out_console.quiet:
+        return
+    wide = out_console if out_console.is_terminal else Console(markup=False, width=WIDE)
+    wide.print(table)
 
 
 def print_change(before: Any, after: Any) -> None:

@@ -25,7 +25,7 @@ from moecule.verbs import Ask, calibrate, plan
 TEXT = "the cat sat on the mat, and the dog ran up a hill with his red hat. " * 12
 SMALL = ("--samples", "4", "--length", "32")
 JOURNAL = re.compile(r"\..*\.partial$")
-PROGRESS = re.compile(r"(calibrate|apply|check|evaluate|listen) \d+/\d+( layers)?, .*host ")
+PROGRESS = re.compile(r"(calibrate|apply|check|evaluate|speed|listen) \d+/\d+( layers)?, .*host ")
 OPTIONS = {
     "apply": "data device dtype json length out quiet samples states trust-remote-code",
     "calibrate": "data device dtype json length out quiet recipe samples set states "

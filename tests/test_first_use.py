@@ -60,7 +60,11 @@ def test_recipes_are_listed_with_what_they_do_and_their_paper():
         name: load_recipe(name).about for name in recipe_names()
     }
     code, out, _ = run("recipes")
-    assert code == 0 and "2410.06270" in out
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines())  # one each
+    assert code == 0 and {*lines} == {*recipe_names(), "recipe"}
+    assert re.fullmatch(
+        r"2410.06270 +2.5 bits +Mixture Compressor, our best: .*", lines["mc"].strip()
+    )
 
 
 def test_models_and_recipes_are_completed(tmp_path, monkeypatch):
