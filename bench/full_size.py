@@ -106,7 +106,7 @@ def timed(folder: Path, out: Path, args: argparse.Namespace) -> dict[str, Any]:
     compute, steps = Compute(states=args.states), defaultdict(list)
     marks = [time.perf_counter()]
 
-    def clock(what: str, done: int, of: int) -> None:
+    def clock(what: str, done: int, of: int, tokens: int) -> None:
         steps[what].append(time.perf_counter())
 
     def mark() -> float:

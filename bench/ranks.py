@@ -38,7 +38,7 @@ def run(model: str, out: str, data: str, changes: str) -> None:
         recipe=moecule.load_recipe("mc", json.loads(changes)),
         data=data,
         compute=compute,
-        progress=lambda what, done, of: marks.append(time.perf_counter()),
+        progress=lambda what, done, of, tokens: marks.append(time.perf_counter()),
     )
     if compute.ranks.is_first:
         print(json.dumps([b - a for a, b in pairwise(marks)]))

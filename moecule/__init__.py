@@ -8,6 +8,7 @@ Importing this package registers its checkpoints with transformers:
     model = AutoModelForCausalLM.from_pretrained("out")
 """
 
+from moecule import quick as _quick  # noqa: F401  ends here where no more is needed
 from moecule import runtime as _runtime  # noqa: F401  registers
 from moecule.cloze import cloze
 from moecule.compress import Compressed, compress
@@ -16,6 +17,7 @@ from moecule.evaluate import evaluate
 from moecule.export import Exported, export
 from moecule.generate import Generated, generate
 from moecule.inspect import Inspection, inspect
+from moecule.load import ExpertLoad, expert_load
 from moecule.online import experts_run, set_skip
 from moecule.plan import Drop, Keep, Plan, Skip
 from moecule.recipe import Recipe, load_recipe
@@ -32,6 +34,7 @@ __all__ = [
     "Compressed",
     "Compute",
     "Drop",
+    "ExpertLoad",
     "Exported",
     "Generated",
     "Inspection",
@@ -47,6 +50,7 @@ __all__ = [
     "cloze",
     "compress",
     "evaluate",
+    "expert_load",
     "experts_run",
     "export",
     "generate",

@@ -61,12 +61,15 @@ def check_plan(plan: Plan, streamed: Streamed) -> None:
     moes = {i: moe for i in range(len(streamed.layers)) if (moe := streamed.moe(i))}
     if sorted(moes) != sorted(plan.layers):
         raise PlanError(
-            f"the plan has layers {sorted(plan.layers)}, the model's MoE layers are {sorted(moes)}"
+            f"the plan has layers {sorted(plan.layers)}, the model's MoE layers are "
+            f"{sorted(moes)}; plan again for this model"
         )
     for i, moe in moes.items():
         fates, n = plan.layers[i], moe.experts.num_experts
         if len(fates) != n:
-            raise PlanError(f"plan: layer {i} has {len(fates)} experts, the model has {n}")
+            raise PlanError(
+                f"plan: layer {i} has {len(fates)} experts, the model has {n}; plan again for this model"
+            )
         check_merges(plan, i)
         if plan.refit and end_of(moe.experts) is not None:
             raise PlanError("plan: refit: a norm follows this model's experts; give refit: false")
@@ -74,7 +77,8 @@ def check_plan(plan: Plan, streamed: Streamed) -> None:
         top_k = moe.top_k if plan.top_k is None else plan.top_k
         if top_k > moe.top_k:
             raise PlanError(
-                f"plan: top_k has {top_k}, and the router of layer {i} picks {moe.top_k}"
+                f"plan: top_k has {top_k}, and the router of layer {i} picks {moe.top_k}; "
+                "give that or fewer"
             )
         if not kept or (len(kept) < top_k and not plan.has_aliases(i)):
             raise PlanError(
@@ -90,26 +94,32 @@ def check_plan(plan: Plan, streamed: Streamed) -> None:
                 f"plan: layer {i}: a norm ends its experts, and pieces of them do not add up; "
                 "give each expert one width"
             )
-    every = [f for of in plan.layers.values() for f in of]
-    if plan.sparse is not None and any(isinstance(f, Keep) and f.pieces for f in every):
-        raise PlanError("plan: experts in pieces and sparse; wanted one or the other")
-    if plan.sparse is not None and not plan.leaves_experts:
-        raise PlanError(
-            "plan: sparse, and experts of fewer than 16 bits: rounding has no 0 and would undo it; give "
-            "one or the other"
-        )
-    if plan.sparse is not None and not set(plan.sparse.density) <= set(moes):
-        raise PlanError(
-            f"plan: sparse names layers {sorted(plan.sparse.density)}, of {sorted(moes)}"
-        )
+    _check_sparse(plan)
     if plan.skip is not None and not set(plan.skip.thresholds) <= set(moes):
         raise PlanError(
-            f"plan: skip names layers {sorted(plan.skip.thresholds)}, of {sorted(moes)}"
+            f"plan: skip names layers {sorted(plan.skip.thresholds)}, wanted some of {sorted(moes)}"
         )
     for i, limits in (plan.skip.thresholds if plan.skip else {}).items():
         tail = (moes[i].top_k if plan.top_k is None else plan.top_k) - 1
         if len(limits) != tail:
             raise PlanError(f"plan: skip: layer {i} has {len(limits)} thresholds, wanted {tail}")
+
+
+def _check_sparse(plan: Plan) -> None:
+    """Raise PlanError for zeros that do not go with the rest of the plan, or are of no MoE layer."""
+    if plan.sparse is None:
+        return
+    every = [f for of in plan.layers.values() for f in of]
+    if any(isinstance(f, Keep) and f.pieces for f in every):
+        raise PlanError("plan: experts in pieces and sparse; wanted one or the other")
+    if not plan.leaves_experts:
+        raise PlanError(
+            "plan: sparse, and experts of fewer than 16 bits: rounding has no 0 and would undo it; give "
+            "one or the other"
+        )
+    named, there = sorted(plan.sparse.density), sorted(plan.layers)
+    if not {*named} <= {*there}:
+        raise PlanError(f"plan: sparse names layers {named}, wanted some of {there}")
 
 
 def _check_channels(plan: Plan, layer: int, n: int, experts: Experts) -> None:
@@ -126,7 +136,8 @@ def _check_channels(plan: Plan, layer: int, n: int, experts: Experts) -> None:
         )
     if max(widths) > full:
         raise PlanError(
-            f"plan: layer {layer}: an expert keeps {max(widths)} channels; the model's have {full}"
+            f"plan: layer {layer}: an expert keeps {max(widths)} channels; the model's have "
+            f"{full}; keep so many at most"
         )
     if widths == {0}:
         raise PlanError(f"plan: layer {layer}: no expert keeps a channel; wanted some")

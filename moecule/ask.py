@@ -100,7 +100,7 @@ class Ask:
             room = f" and {format_size(cache)} for the KV cache" if cache else ""
             raise RecipeError(
                 f"{self.text(recipe)} cannot be met; the least that recipe {recipe.name} takes is "
-                f"{format_size(least)}{room}"
+                f"{format_size(least)}{room}; ask for more"
             )
         if self.target is not None:
             check_plan(foresee(recipe, self, inventory), self.target)
@@ -275,7 +275,7 @@ def _least_drop(make: Make, among: list[float], inventory: Inventory, size: int)
     if least > size:
         raise RecipeError(
             f"{format_size(size)} cannot be met; the least that this recipe makes is "
-            f"{format_size(least)}"
+            f"{format_size(least)}; ask for more"
         )
     while low < high:
         middle = (low + high) // 2

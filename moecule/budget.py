@@ -236,7 +236,7 @@ def within(
     if size(least) > size_bytes:
         raise RecipeError(
             f"{format_size(size_bytes)} cannot be met; the least that this recipe makes is "
-            f"{format_size(size(least))}"
+            f"{format_size(size(least))}; ask for more"
         )
     low, high = least, most + 1  # the last known to fit, the first known not to
     while high - low > 1:

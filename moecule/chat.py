@@ -153,7 +153,8 @@ def to_batch(messages: Messages, reader: Any, config: Any) -> Batch:
     sees = getattr(reader, "image_processor", None) is not None
     if seen and not sees:
         raise DataError(
-            f"{seen[0]} is a picture, and there is no processor of pictures beside the model"
+            f"{seen[0]} is a picture, and there is no processor of pictures beside the model; "
+            "fetch it, or leave pictures out"
         )
     ready = [{"role": m["role"], "content": _content(m["content"], sees)} for m in messages]
     try:
@@ -161,7 +162,9 @@ def to_batch(messages: Messages, reader: Any, config: Any) -> Batch:
             ready, tokenize=True, return_dict=True, return_tensors="pt"
         )
     except (TemplateError, ValueError, TypeError, KeyError, IndexError) as e:
-        raise DataError(f"the model's chat template does not take a conversation: {e}") from e
+        raise DataError(
+            f"the model's chat template does not take a conversation: {e}; give documents"
+        ) from e
     parts = {name: t for name, t in made.items() if isinstance(t, Tensor)}
     ids = parts["input_ids"]
     check_tokens(ids, config)
@@ -169,7 +172,9 @@ def to_batch(messages: Messages, reader: Any, config: Any) -> Batch:
     if seen:
         kinds = torch.tensor(reader.create_mm_token_type_ids(ids.tolist()))
         if not kinds.any():
-            raise DataError("the model's processor does not say which tokens stand for pictures")
+            raise DataError(
+                "the model's processor does not say which tokens stand for pictures; leave pictures out"
+            )
         labels[kinds != 0] = IGNORED
     return {**parts, "labels": labels}
 

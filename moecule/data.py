@@ -139,7 +139,8 @@ def window_length(config: Any, length: int = 0) -> int:
         )
     if length > known or length == 1 or length < 0:
         raise DataError(
-            f"windows of {length} tokens were asked for, and the model knows 2 to {known}"
+            f"windows of {length} tokens were asked for, and the model knows 2 to {known}; give "
+            "--length that"
         )
     return length or min(2048, known)
 

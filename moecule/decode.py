@@ -287,7 +287,9 @@ def decode(
         scale = scale.view(torch.float8_e8m0fnu)
     scale = scale.float()
     if not torch.isfinite(scale).all():
-        raise CheckpointError(f"{where}: {coded.scale} holds NaN or Inf; the checkpoint is damaged")
+        raise CheckpointError(
+            f"{where}: {coded.scale} holds NaN or Inf; the checkpoint is damaged, fetch it again"
+        )
     codes, scale = (t.to(device, non_blocking=True) for t in (codes, scale))
     if coded.bits == 4:
         return decode_mxfp4(codes, scale.to(torch.bfloat16))

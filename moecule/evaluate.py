@@ -93,14 +93,18 @@ def evaluate(
     seconds = {"evaluate": round(time.perf_counter() - start, 2)}
     longest = max(shape_of(of)[1] for of in given.values())
     names = (str(model), None if against is None else str(against))
+    timed = ticker(progress, "speed", 1 if against is None else 2)
     if against is None or original is None:
         whole = measure_whole(model, streamed, more, compute, progress, "tasks", skip=skip)
+        timed()
         after = _result(streamed, by_file, longest, names, whole, seconds)
         return None, replace(after, **of_tasks(None, whole, more.tasks))
     theirs = {name: _of_original(r) for name, r in by_file.items()}
     first = measure_whole(against, original, more, compute, progress, "tasks of the original")
+    timed()
     before = _result(original, theirs, longest, (str(against), None), first, {})
     whole = measure_whole(model, streamed, more, compute, progress, "tasks", skip=skip)
+    timed()
     after = _result(streamed, by_file, longest, names, whole, seconds)
     return (
         replace(before, **of_tasks(None, first, more.tasks)),
@@ -151,8 +155,8 @@ def _losses(
     models = [m for m in (streamed, original) if m is not None]
     batches = [(name, batch) for name, of in given.items() for batch in of]
     ranks, mine = compute.ranks, compute.ranks.mine(batches)
-    tick = ticker(progress, "evaluate", sum(len(m.layers) for m in models))
     tokens = sum(map(n_tokens, given.values()))
+    tick = ticker(progress, "evaluate", sum(len(m.layers) for m in models), tokens)
     sums = {name: torch.zeros(4, dtype=torch.float64) for name in given}
     known = {} if journal is None else journal.done(SUMS)
     left = [b for b in range(-(-len(batches) // ranks.size)) if b not in known]
@@ -217,7 +221,9 @@ def _result(
     loss = means["loss_nats"]
     assert loss is not None  # every file has a loss
     if loss > MOST_NATS:
-        raise DataError(f"a loss of {loss:.3g} nats a token; the checkpoint is damaged")
+        raise DataError(
+            f"a loss of {loss:.3g} nats a token; the checkpoint is damaged, fetch it or make it again"
+        )
     return Result(
         model=names[0],
         against=names[1],

@@ -122,7 +122,7 @@ def _gguf(contents: Contents, made: Path, types: Sequence[str], progress: Progre
     changes = gguf_file.write(contents, made / GGUF, gguf_file.types_of(types), tick)
     if not llama.is_there():
         return changes, "read again by gguf; llama-cpp-python is not installed, so not run", None
-    progress("run by llama.cpp", 0, 1)
+    progress("run by llama.cpp", 0, 1, 0)
     kl = _compared(contents, changes, lambda ids: llama.run_file(made / GGUF, ids))
     ran = "run by llama.cpp" if kl is not None else "too large to run here"
     return changes, f"read again by gguf, {ran}", kl
@@ -160,7 +160,7 @@ def _by_transformers(
     run = stock.logits_in_a_process if alone else stock.logits_by_transformers
     if importlib.util.find_spec(package) is None:
         return changes, f"{package} is not installed, so not opened", None
-    progress("run by transformers", 0, 1)
+    progress("run by transformers", 0, 1, 0)
     kl = _compared(contents, changes, partial(run, made))
     ran = "opened and run" if kl is not None else "too large to open"
     having = "" if package == "transformers" else f" with {package}"

@@ -73,7 +73,10 @@ def load_family(model_type: str) -> Family:
     known = family_names()
     for name in (model_type, whole, f"{whole}_mm_model"):
         if name in refused:
-            raise CheckpointError(f"model_type {model_type!r} is not served: {refused[name]}")
+            raise CheckpointError(
+                f"model_type {model_type!r} is not served: {refused[name]}; `moecule families` "
+                "lists those that are"
+            )
         if name in known:
             family: Family = importlib.import_module(f"moecule.families.{name}").FAMILY
             return family

@@ -86,7 +86,7 @@ class Streamed:
         left = [n for n in self.model.state_dict() if n not in self.disk and n not in tied]
         if left:
             raise CheckpointError(
-                f"{self.checkpoint.path} lacks what makes {left[0]} ({len(left)} missing)"
+                f"{self.checkpoint.path} lacks what makes {left[0]} ({len(left)} missing); fetch it again"
             )
 
     def load_outer(self) -> None:
@@ -140,11 +140,13 @@ class Streamed:
         if info.mismatched_keys or info.conversion_errors or info.error_msgs:
             wrong = [*info.mismatched_keys, *info.conversion_errors, *info.error_msgs]
             raise CheckpointError(
-                f"{self.checkpoint.path} does not fit its config.json: {wrong[0]}"
+                f"{self.checkpoint.path} does not fit its config.json: {wrong[0]}; fetch it again"
             )
         missing = [n for n in names if n in info.missing_keys]
         if missing:
-            raise CheckpointError(f"{self.checkpoint.path} lacks what makes {missing[0]}")
+            raise CheckpointError(
+                f"{self.checkpoint.path} lacks what makes {missing[0]}; fetch it again"
+            )
         self._check_finite(names)
 
     def _check_finite(self, names: Sequence[str]) -> None:
@@ -155,7 +157,9 @@ class Streamed:
         for made_of in (self.disk[n] for n, ok in zip(floats, fine, strict=True) if not ok):
             read = self.checkpoint.read(made_of)
             bad = [d for d, t in read.items() if not t.double().sum().isfinite()]
-            raise CheckpointError(f"{bad[0]} holds NaN or Inf; the checkpoint is damaged")
+            raise CheckpointError(
+                f"{bad[0]} holds NaN or Inf; the checkpoint is damaged, fetch it again"
+            )
 
     def layer_names(self, i: int) -> list[str]:
         """Names in memory of the tensors of layer i."""

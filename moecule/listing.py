@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moecule.method import load_all
-from moecule.recipe import load_recipe, recipe_names
+from moecule.recipe import AS_IT_IS, Recipe, load_recipe, recipe_names
 
 MEASURED = Path(__file__).parent / "measured.json"
 PARTS = (
@@ -58,17 +58,50 @@ class Listed:
     measured: tuple[Measured, ...] = ()
 
 
+@dataclass(frozen=True)
+class ListedRecipe:
+    """One recipe of the package."""
+
+    name: str
+    about: str
+    paper: str  # its arXiv id
+    methods: tuple[str, ...]  # that it names, in the order of the parts
+    default: str  # what it does where nothing else is asked: "2.5 bits", "25% dropped"
+
+
+def recipe_listing() -> list[ListedRecipe]:
+    """Every recipe, by name."""
+    found = []
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        bits = [] if recipe.bits >= AS_IT_IS else [f"{recipe.bits:g} bits"]
+        dropped = [f"{100 * recipe.drop:g}% dropped"] if recipe.drop else []
+        paper, does = recipe.paper.removeprefix("arXiv:"), ", ".join([*dropped, *bits])
+        found.append(ListedRecipe(name, recipe.about, paper, _methods(recipe), does))
+    return found
+
+
+def recipe_rows(found: Sequence[ListedRecipe]) -> list[tuple[str, ...]]:
+    """The head, and a row for each recipe."""
+    rows = [(r.name, r.paper, r.default, r.about) for r in found]
+    return [("recipe", "paper", "by default", "what"), *rows]
+
+
+def _methods(recipe: Recipe) -> tuple[str, ...]:
+    """Those that the recipe names, each once."""
+    parts = (
+        *(recipe.score, recipe.choose, recipe.channels, recipe.cluster, recipe.merge),
+        *(recipe.sparsify, recipe.mask, recipe.allocate, recipe.encode, recipe.skip),
+    )
+    return tuple(dict.fromkeys(p.method for p in parts if p is not None))
+
+
 def listing() -> list[Listed]:
     """Every method, in the order of the parts they supply and then by name."""
     using: dict[str, list[str]] = {}
-    for name in recipe_names():
-        recipe = load_recipe(name)
-        parts = (
-            *(recipe.score, recipe.choose, recipe.channels, recipe.cluster, recipe.merge),
-            *(recipe.sparsify, recipe.mask),
-            *(recipe.allocate, recipe.encode, recipe.skip),
-        )
-        for used in dict.fromkeys(p.method for p in parts if p is not None):
+    recipes = {name: load_recipe(name) for name in recipe_names()}
+    for name in recipes:
+        for used in _methods(recipes[name]):
             using.setdefault(used, []).append(name)
     costs = [Measured(**doc) for doc in json.loads(MEASURED.read_text())]
     found = []
@@ -84,17 +117,16 @@ def listing() -> list[Listed]:
                 paper=arxiv[1],
                 parts=tuple(p for p in PARTS if getattr(method, p) is not None),
                 recipes=tuple(using.get(name, ())),
-                measured=tuple(c for c in costs if _is_of(c, name)),
+                measured=tuple(c for c in costs if _decides(recipes[c.recipe]) == name),
             )
         )
     return sorted(found, key=lambda m: (min(map(PARTS.index, m.parts)), m.name))
 
 
-def _is_of(cost: Measured, method: str) -> bool:
-    """Whether it is the cost of what this method decides: what to drop, or else how many bits."""
-    recipe = load_recipe(cost.recipe)
+def _decides(recipe: Recipe) -> str:
+    """The method whose cost the recipe's is: it decides what to drop, or else how many bits."""
     removes = recipe.merge or recipe.score or recipe.choose or recipe.channels
-    return (removes or recipe.sparsify or recipe.allocate).method == method
+    return (removes or recipe.sparsify or recipe.allocate).method
 
 
 def rows(found: Sequence[Listed]) -> list[tuple[str, ...]]:

@@ -3,34 +3,41 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from moecule.options import (
     Bits,
+    CacheExperts,
     Chosen,
     Clamp,
     Compiled,
     Context,
+    Data,
     Device,
     Dtype,
+    Engines,
     Exact,
     ExpertCache,
     Fit,
     Gone,
+    Gpus,
     Held,
     Json,
     Length,
     Limit,
+    LoadFlag,
+    LoadOut,
     Match,
     Memory,
     Model,
     PatternsFile,
     RecipeName,
+    Replicas,
     Samples,
     Sets,
     Shots,
@@ -43,16 +50,18 @@ from moecule.options import (
     Trust,
     compute_of,
     recipe_of,
+    refuse_beside,
     suite_of,
 )
 from moecule.show import (
     bar,
-    err_console,
-    out_console,
     print_change,
     print_json,
     print_one,
     print_table,
+    remark,
+    say,
+    show,
 )
 
 
@@ -72,9 +81,27 @@ def inspect(
     dtype: Dtype = "auto",
     states: StatesAt = "auto",
     time: Annotated[bool, typer.Option(help="Measure rates and estimate the time.")] = True,
+    load: LoadFlag = False,
+    gpus: Gpus = None,
+    replicas: Replicas = None,
+    cache_experts: CacheExperts = None,
+    engine: Engines = None,
+    data: Data = None,
+    out: LoadOut = None,
     json_: Json = False,
 ) -> None:
-    """Show what a model holds, and what compressing it would take: bytes, bits and time."""
+    """Show what a model holds, and what compressing it would take: bytes, bits and time.
+
+    With --load (of a model, or of a folder of statistics): how its experts are used, instead.
+    """
+    of_load = {"gpus": gpus, "replicas": replicas, "cache_experts": cache_experts, "data": data}
+    of_load |= {"engines": engine, "out": out}
+    of_plan = {"set": set_, "bits": bits, "size": size, "fit": fit, "drop": drop}
+    refuse_beside(load, of_load, of_plan)
+    if load:
+        how = {"samples": samples, "length": length}
+        _load(model, of_load, how, compute_of(device, dtype, False, states), json_)
+        return
     from moecule.inspect import inspect as look
     from moecule.inspect import table
     from moecule.verbs import Ask
@@ -92,7 +119,32 @@ def inspect(
     shown = Table(show_header=False, box=None)
     for row in table(found, recipe):
         shown.add_row(*row)
-    out_console.print(shown)
+    show(shown)
+
+
+def _load(
+    model: str, wished: dict[str, Any], how: dict[str, int | None], compute: Any, json_: bool
+) -> None:
+    from moecule.load import SAMPLING, expert_load, tables
+
+    given = {k: v for k, v in wished.items() if v is not None and k != "out"}
+    sampling = replace(SAMPLING, **{k: v for k, v in how.items() if v is not None})
+    out = wished["out"] or Path("expert_load.json")
+    with bar() as progress:
+        found = expert_load(
+            model, out, **given, sampling=sampling, compute=compute, progress=progress
+        )
+    if json_:
+        print_json(asdict(found))
+        return
+    layers, caches = tables(found)
+    print_table(layers)
+    if found.offloading:
+        print_table(caches)
+    say(
+        f"{out}: the busiest of {found.gpus} GPUs has {found.balance_before:.3f} times the mean to do, and "
+        f"{found.balance_after:.3f} times with {found.replicas} replicas a GPU, placed as planned there"
+    )
 
 
 def families(json_: Json = False) -> None:
@@ -115,6 +167,17 @@ def methods(json_: Json = False) -> None:
         print_json([asdict(method) for method in found])
         return
     print_table(rows(found))
+
+
+def recipes(json_: Json = False) -> None:
+    """List the recipes: what each does, and its paper."""
+    from moecule.listing import recipe_listing, recipe_rows
+
+    found = recipe_listing()
+    if json_:
+        print_json([asdict(recipe) for recipe in found])
+        return
+    print_table(recipe_rows(found))
 
 
 def evaluate(
@@ -178,6 +241,7 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust: Trust = False,
+    json_: Json = False,
 ) -> None:
     """Print text as the model makes it, and tokens a second."""
     from moecule.budget import format_size
@@ -201,8 +265,11 @@ def generate(
         experts=experts,
         match=match,
         compute=compute_of(device, dtype, trust),
-        say=write,
+        say=(lambda piece: None) if json_ else write,
     )
+    if json_:
+        print_json(asdict(made))
+        return
     ran = f", {100 * made.experts_run:.1f} % of the experts run" if skip else ""
     line = f"\n{made.tokens} tokens, {made.tokens_per_s:.1f} a second on {made.device}{ran}"
     if made.cache is not None:
@@ -216,4 +283,4 @@ def generate(
             f", pattern {found.task}: {found.experts} of {found.of} experts a layer, "
             f"{format_size(found.memory_bytes)} of {format_size(found.whole_bytes)}"
         )
-    err_console.print(line, soft_wrap=True)
+    remark(line)

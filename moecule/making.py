@@ -48,6 +48,7 @@ def calibrate(
     dtype: Dtype = "auto",
     trust: Trust = False,
     states: StatesAt = "auto",
+    json_: Json = False,
 ) -> None:
     """Count over text what a recipe's methods read."""
     from moecule import verbs
@@ -62,6 +63,9 @@ def calibrate(
             compute=compute_of(device, dtype, trust, states),
             progress=progress,
         )
+    if json_:
+        print_json({"stats": str(made)})
+        return
     say(f"statistics in {made}; next: moecule plan {made} -o plan.yaml --recipe {recipe}")
 
 
@@ -77,6 +81,7 @@ def plan(
     drop: Gone = None,
     clamp: Clamp = False,
     target: Target = None,
+    json_: Json = False,
 ) -> None:
     """Decide what becomes of every expert; the plan is text to read and edit."""
     from moecule import verbs
@@ -92,6 +97,10 @@ def plan(
     inventory = Inventory.from_dict(load_stats(stats)[1]["inventory"])
     parts = bytes_by_part(inventory, made)
     true = 8 * parts["experts"] / inventory.expert_weights
+    if json_:
+        sizes = {"nominal_bits": made.nominal_bits, "bits_per_weight": true, "bytes_by_part": parts}
+        print_json({"plan": str(out), **sizes, "dropped": made.dropped, "narrowed": made.narrowed})
+        return
     gone = f"{made.dropped} experts dropped, " if made.dropped else ""
     if made.narrowed:
         gone = f"{1 - weights_left(inventory, made):.4g} of the experts' weights dropped, "
@@ -111,6 +120,7 @@ def apply(
     dtype: Dtype = "auto",
     trust: Trust = False,
     states: StatesAt = "auto",
+    json_: Json = False,
 ) -> None:
     """Carry a plan out, and check in a fresh process that the result loads and computes."""
     from moecule import verbs
@@ -127,6 +137,9 @@ def apply(
             compute=compute_of(device, dtype, trust, states),
             progress=progress,
         )
+    if json_:
+        print_json({"checkpoint": str(made)})
+        return
     say(f"compressed checkpoint in {made}; next: moecule evaluate {made} --against {model}")
 
 
@@ -186,6 +199,7 @@ def patterns(
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust: Trust = False,
+    json_: Json = False,
 ) -> None:
     """Find which experts several domains want, for generate to load those of a prompt's."""
     from moecule.taer import patterns as run
@@ -200,6 +214,10 @@ def patterns(
             progress=progress,
         )
     n = made.tasks[0].ranks.shape[1]
+    if json_:
+        tasks = {t.name: t.windows for t in made.tasks}
+        print_json({"patterns": str(out), "windows": tasks, "experts": n})
+        return
     say(
         f"{len(made.tasks)} patterns in {out}; next: moecule generate {model} 'Once upon a time' "
         f"--patterns {out} --experts N, of {n}"

@@ -105,7 +105,9 @@ def loss_of(sums: Float64[Tensor, " four"], tokens: int, *, against: bool) -> Lo
     """The means of `batch_sums` over `tokens`. Raises DataError where the loss is not finite."""
     loss, theirs, kl, same = (sums / tokens).tolist()
     if not math.isfinite(loss):
-        raise DataError("the loss is not finite; the checkpoint is damaged or needs a wider dtype")
+        raise DataError(
+            "the loss is not finite; the checkpoint is damaged, or needs a wider dtype (--dtype float32)"
+        )
     return Loss(loss, tokens, kl, same, theirs) if against else Loss(loss, tokens)
 
 

@@ -56,7 +56,9 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
                 found.setdefault(".".join(parts[:i]), above)
                 break
     if not found:
-        raise CheckpointError("the model has no MoE layer; there are no experts to compress")
+        raise CheckpointError(
+            "the model has no MoE layer; there are no experts to compress, give another model"
+        )
     text = [name for name in found if "language_model" in name.split(".")]
     name = (text or list(found))[0]
     return name, found[name]
@@ -75,7 +77,8 @@ def find_moe(layer: nn.Module, family: Family) -> Moe | None:
         return None
     if len(found) > 1:
         raise CheckpointError(
-            f"{type(layer).__name__} has {len(found)} sets of experts; its family is not served"
+            f"{type(layer).__name__} has {len(found)} sets of experts; its family is not served, "
+            "`moecule families` lists those that are"
         )
     ((name, experts),) = found
     parent, _, _ = name.rpartition(".")

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
 import tomllib
+from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from moecule.complete import models, recipes
 from moecule.errors import RecipeError
+from moecule.show import hush
 
 Model = Annotated[
-    str, typer.Argument(help="A folder, a Hub id in the cache, or: embedded.", metavar="MODEL")
+    str,
+    typer.Argument(
+        help="A folder, a Hub id in the cache, or: embedded.",
+        metavar="MODEL",
+        autocompletion=models,
+    ),
 ]
-RecipeName = Annotated[str, typer.Option("--recipe", help="A recipe by name, or a .toml file.")]
+RecipeName = Annotated[
+    str,
+    typer.Option(
+        "--recipe",
+        help="A recipe by name (moecule recipes), or a .toml file.",
+        autocompletion=recipes,
+    ),
+]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a key: encode.damp=0.05", metavar="KEY=VALUE"),
@@ -56,6 +73,9 @@ StatesAt = Annotated[
     Where, typer.Option("--states", help="Where hidden states lie: auto, device, host or disk.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No progress and no tables; warnings and errors.")
+]
 Texts = Annotated[
     list[Path] | None, typer.Option("--text", help="Text to evaluate on, as --data; may repeat.")
 ]
@@ -108,11 +128,69 @@ Domains = Annotated[
 ]
 
 
+LoadFlag = Annotated[
+    bool,
+    typer.Option(
+        "--load", help="How text uses the experts, where to place them, what a cache would serve."
+    ),
+]
+Gpus = Annotated[
+    int | None, typer.Option(help="With --load: GPUs that share the experts, 8 where not given.")
+]
+Replicas = Annotated[
+    int | None,
+    typer.Option(
+        help="With --load: slots a GPU beyond one copy of every expert, 1 where not given."
+    ),
+]
+CacheExperts = Annotated[
+    list[str] | None,
+    typer.Option(help="With --load: experts of a layer in the cache, 4 or 50%; may repeat."),
+]
+Engines = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--engine", help="With --load: its file too: sglang, tensorrt-llm, vllm-ascend; may repeat."
+    ),
+]
+LoadOut = Annotated[
+    Path | None,
+    typer.Option("-o", "--out", help="With --load: the file, expert_load.json where not given."),
+]
+
+
+def hushable(verb: Callable[..., None]) -> Callable[..., None]:
+    """The command with an option more, which all have: --quiet."""
+
+    @wraps(verb)
+    def told(*args: Any, quiet: bool, **kwargs: Any) -> None:
+        hush(quiet)
+        verb(*args, **kwargs)
+
+    given, kind = inspect.signature(verb, eval_str=True), inspect.Parameter.KEYWORD_ONLY
+    quiet = inspect.Parameter("quiet", kind, default=False, annotation=Quiet)
+    vars(told)["__signature__"] = given.replace(parameters=[*given.parameters.values(), quiet])
+    told.__annotations__ = {p.name: p.annotation for p in (*given.parameters.values(), quiet)}
+    return told
+
+
 def compute_of(device: str, dtype: str, trust: bool, states: Where = "auto") -> Any:
     """Where it runs, as one of the processes that torchrun started."""
     from moecule.session import Compute
 
     return Compute(device, dtype, trust, states).joined()
+
+
+def refuse_beside(load: bool, of_load: Mapping[str, Any], of_plan: Mapping[str, Any]) -> None:
+    """Raise RecipeError for options that do nothing with --load, or without it."""
+    idle = [name for name, value in (of_plan if load else of_load).items() if value is not None]
+    if idle:
+        option = "--" + idle[0].removesuffix("s" if idle[0] == "engines" else "").replace("_", "-")
+        raise RecipeError(
+            f"{option} is not of --load; leave one of them out"
+            if load
+            else f"{option} goes with --load; add that, or leave it out"
+        )
 
 
 def recipe_of(name: str, sets: list[str] | None, samples: int | None, length: int | None) -> Any:

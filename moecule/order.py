@@ -61,7 +61,9 @@ def read_plan(path: str | Path) -> Plan:
     try:
         plan = Plan.loads(Path(path).read_text())
     except (OSError, UnicodeDecodeError) as e:
-        raise PlanError(f"{path} cannot be read as a plan: {e}") from e
+        raise PlanError(
+            f"{path} cannot be read as a plan: {e}; give a file that moecule plan made"
+        ) from e
     if plan.channels is None:
         return plan
     file = order_file(Path(path))

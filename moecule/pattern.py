@@ -137,7 +137,10 @@ def task_of(
     Raises RecipeError where layers have different numbers of experts.
     """
     if len({len(s) for s in scores}) > 1:
-        raise RecipeError("patterns want as many experts in every layer, and this model's differ")
+        raise RecipeError(
+            "patterns want as many experts in every layer, and this model's differ; drop experts "
+            "instead (moecule plan --drop)"
+        )
     mean = first[MEAN.name] / windows
     ranks = torch.stack([s.argsort(descending=True, stable=True).int() for s in scores])
     scatter = first[OUTER.name] - windows * mean.outer(mean)

@@ -203,7 +203,9 @@ class Plan:
         except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as e:
             if isinstance(e, PlanError):
                 raise  # says more
-            raise PlanError(f"plan: not YAML: {' '.join(str(e).split())}") from e
+            raise PlanError(
+                f"plan: not YAML: {' '.join(str(e).split())}; mend it, or plan again"
+            ) from e
         wanted = {"model", "digest", "made_by", "encode", "rest", "layers"}
         more = {"skip", "sparse", "top_k", "channels", "merge", "refit"}
         if not isinstance(doc, dict) or not wanted <= set(doc) <= wanted | more:
@@ -222,7 +224,7 @@ class Plan:
             if not isinstance(doc[key], dict):
                 raise PlanError(f"plan: {key} has {doc[key]!r}, wanted keys and values")
         if not isinstance(doc["layers"], dict) or not doc["layers"]:
-            raise PlanError("plan: there are no layers")
+            raise PlanError("plan: there are no layers; plan again")
         made = Plan(
             model=str(doc["model"]),
             digest=str(doc["digest"]),
@@ -295,7 +297,7 @@ def _merges(doc: Any) -> Merges:
             f"{', '.join(get_args(Router))}; found {how!r}, {router!r}"
         )
     if not all(0 <= x < math.inf for t in given.values() for x in t):  # NaN is not, either
-        raise PlanError("plan: merge: weights are numbers from 0 up")
+        raise PlanError("plan: merge: weights, wanted numbers from 0 up")
     return Merges(how, router, given)
 
 
@@ -375,7 +377,7 @@ def _fate(verb: str, where: str) -> Fate:
 def _fates(layer: Any, lines: Any) -> tuple[Fate, ...]:
     where = f"layer {layer}"
     if not isinstance(lines, dict) or not lines:
-        raise PlanError(f"plan: {where} has no fates")
+        raise PlanError(f"plan: {where} has no fates; give its experts some, like keep: 0-7")
     found: dict[int, Fate] = {}
     for verb, ids in lines.items():
         fate = _fate(str(verb), where)
@@ -392,5 +394,7 @@ def _fates(layer: Any, lines: Any) -> tuple[Fate, ...]:
                 found[e] = fate
     missing = sorted(set(range(max(found, default=-1) + 1)) - set(found))
     if missing or not found:
-        raise PlanError(f"plan: {where}: experts {_ranges(missing or [0])} have no fate")
+        raise PlanError(
+            f"plan: {where}: experts {_ranges(missing or [0])} have no fate; give them one, like keep"
+        )
     return tuple(found[e] for e in range(len(found)))

@@ -168,7 +168,10 @@ class Recipe:
                 f"{least}, the most {most}{other}"
             )
         if whole and bits != int(bits):
-            raise RecipeError(f"recipe {self.name} takes whole bits only, not {bits:g}")
+            raise RecipeError(
+                f"recipe {self.name} takes whole bits only, not {bits:g}; give --bits {int(bits)} "
+                f"or {int(bits) + 1}, or --recipe mc"
+            )
 
 
 def recipe_names() -> list[str]:
@@ -191,7 +194,7 @@ def load_recipe(name: str | Path, changes: Mapping[str, Any] | None = None) -> R
     try:
         doc = tomllib.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as e:
-        raise RecipeError(f"{path}: not TOML: {e}") from e
+        raise RecipeError(f"{path}: not TOML: {e}; mend that line") from e
     for key, value in (changes or {}).items():
         table, _, last = key.rpartition(".")
         inside = doc.setdefault(table, {}) if table else doc
@@ -291,7 +294,7 @@ def part_of(where: str, table: Any, what: str, group: int | None = None) -> Part
     given = dict(table) if isinstance(table, dict) else {}
     name = given.pop("method", None)
     if not isinstance(name, str):
-        raise RecipeError(f"{where} names no method")
+        raise RecipeError(f'{where} names no method; wanted method = "..."')
     options = load_method(name, what).options
     if group is not None and "group" in {f.name for f in dataclasses.fields(options)}:
         given.setdefault("group", group)

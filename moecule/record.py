@@ -93,7 +93,7 @@ class _Tape:
         if index != len(self.calls):
             raise CheckpointError(
                 f"the model calls layer {index} where layer {len(self.calls)} is due, so it cannot be "
-                "walked layer by layer; its family is not served"
+                "walked layer by layer; its family is not served, see `moecule families`"
             )
         # a tensor of ours that comes back untouched: nothing happens between the two layers
         plain = self.last is None or (hidden is self.last and hidden._version == 0)
@@ -137,7 +137,7 @@ def _taped(model: Any, batch: Batch, probe: Tensor | None, takes: str | None) ->
     if len(tape.calls) != len(layers):
         raise CheckpointError(
             f"the model has {len(layers)} layers and calls {len(tape.calls)}, so it cannot be walked "
-            "layer by layer; its family is not served"
+            "layer by layer; its family is not served, see `moecule families`"
         )
     return tape
 
@@ -152,7 +152,7 @@ def _check_sums(zeros: _Tape, probed: _Tape) -> None:
         if b.added is None or b.added.shape != want.shape or not torch.allclose(b.added, want):
             raise CheckpointError(
                 f"the model changes hidden states between layers {i - 1} and {i}, so it cannot be "
-                "walked layer by layer; its family is not served"
+                "walked layer by layer; its family is not served, see `moecule families`"
             )
 
 

@@ -177,4 +177,4 @@ def load_result(path: Path) -> Result:
                 doc[name] = Throughput(**doc[name])
         return Result(**doc)
     except (OSError, ValueError, TypeError, KeyError) as e:
-        raise DataError(f"{path} is no result of moecule evaluate ({e})") from e
+        raise DataError(f"{path} is no result of moecule evaluate ({e}); evaluate again") from e

@@ -34,14 +34,15 @@ from moecule.ranks import SOLO, Ranks, join
 from moecule.runtime import PackedConfig, prepare_model, set_exact
 from moecule.states import Place, choose_place, free_host_bytes
 
-Progress = Callable[[str, int, int], None]  # (what is done, steps done, of how many)
+# (what is done, steps done, of how many, tokens of the text that each passes)
+Progress = Callable[[str, int, int, int], None]
 ASSETS = Path(__file__).parent / "assets"
 DISK_SHARE = 0.8  # of what is free, for hidden states
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")  # either marks one
 EMBEDDED = "embedded"  # names the small model that comes with the package
 
 
-def silent(what: str, done: int, of: int) -> None:
+def silent(what: str, done: int, of: int, tokens: int) -> None:
     """No progress."""
 
 
@@ -231,13 +232,17 @@ def load(
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as e:
-        refused = own_code and not compute.trust_remote_code
-        hint = "; code that comes with a model runs with --trust-remote-code only"
-        said = f"{checkpoint.path} does not load: {_first_line(e)}{hint if refused else ''}"
+        if own_code and not compute.trust_remote_code:
+            hint = "; code that comes with a model runs with --trust-remote-code only"
+        else:
+            hint = "; fetch it again, or make it again if moecule made it"
+        said = f"{checkpoint.path} does not load: {_first_line(e)}{hint}"
         raise CheckpointError(said) from e
     lacking = sorted({*told["missing_keys"], *(k for k, *_ in told["mismatched_keys"])})
     if lacking:  # transformers fills these in at random
-        raise CheckpointError(f"{checkpoint.path} lacks {lacking[0]} ({len(lacking)} missing)")
+        raise CheckpointError(
+            f"{checkpoint.path} lacks {lacking[0]} ({len(lacking)} missing); fetch it again"
+        )
     if checkpoint.config["model_type"] != PACKED:
         choose_experts(loaded)
     set_exact(loaded, exact)
@@ -322,14 +327,14 @@ def _first_line(e: Exception) -> str:
     return next(iter(str(e).splitlines()), type(e).__name__)
 
 
-def ticker(progress: Progress, what: str, steps: int) -> Callable[[], None]:
-    """Called once a step, it tells `progress` how far `what` is."""
+def ticker(progress: Progress, what: str, steps: int, tokens: int = 0) -> Callable[[], None]:
+    """Called once a step, it tells `progress` how far `what` is. `tokens`: that each step passes."""
     done = 0
-    progress(what, 0, steps)
+    progress(what, 0, steps, tokens)
 
     def tick() -> None:
         nonlocal done
         done += 1
-        progress(what, done, steps)
+        progress(what, done, steps, tokens)
 
     return tick

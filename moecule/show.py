@@ -6,32 +6,60 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
+
+from moecule.progress import lines, live
 
 # no markup: a path may hold [brackets]
 out_console, err_console = Console(markup=False), Console(markup=False, stderr=True)
 
 
+WIDE = 10_000  # columns
+
+
+@dataclass
+class _Told:
+    """What the user wants to be told."""
+
+    hushed: bool = False  # nothing but JSON, text that a model makes, warnings and errors
+
+
+_told = _Told()
+
+
+def hush(hushed: bool) -> None:
+    """--quiet, or not."""
+    _told.hushed = hushed
+
+
 def say(line: str) -> None:
     """As one line, however long, so that the command in it can be copied."""
-    out_console.print(line, soft_wrap=True)
+    if not _told.hushed:
+        out_console.print(line, soft_wrap=True)
+
+
+def remark(line: str) -> None:
+    """As one line, beside what goes to a script."""
+    if not _told.hushed:
+        err_console.print(line, soft_wrap=True)
 
 
 def print_json(doc: Any) -> None:
-    """For scripts."""
-    sys.stdout.write(json.dumps(doc, indent=2) + "\n")
+    """For scripts; of several processes the first prints it."""
+    if not out_console.quiet:
+        sys.stdout.write(json.dumps(doc, indent=2, default=str) + "\n")
+
+
+def show(table: Table) -> None:
+    """A table: as wide as a terminal is, elsewhere a line for every row, however long."""
+    if _told.hushed or out_console.quiet:
+        return
+    wide = out_console if out_console.is_terminal else Console(markup=False, width=WIDE)
+    wide.print(table)
 
 
 def print_change(before: Any, after: Any) -> None:
@@ -52,7 +80,7 @@ def print_change(before: Any, after: Any) -> None:
                 f"{loss.loss_nats:.4f}",
                 f"{change:+.4f}",
             )
-    out_console.print(shown)
+    show(shown)
 
 
 def print_one(result: Any) -> None:
@@ -74,7 +102,7 @@ def print_one(result: Any) -> None:
         shown.add_row("decoded tokens/s of all", "does not fit" if rate is None else f"{rate:.1f}")
     for name, row, metric in told(result):
         shown.add_row(f"{name}, {metric}", with_error(row, metric))
-    out_console.print(shown)
+    show(shown)
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
@@ -82,34 +110,19 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
     shown = Table(*rows[0], box=None)
     for row in rows[1:]:
         shown.add_row(*row)
-    out_console.print(shown)
+    show(shown)
 
 
 @contextmanager
 def bar() -> Iterator[Any]:
-    """A bar on a terminal; elsewhere a plain line at every tenth of the way."""
-    if not err_console.is_terminal:
-        tenths: dict[str, int] = {}
-
-        def line(what: str, done: int, of: int) -> None:
-            tenth = 10 * done // max(of, 1)
-            if tenth > tenths.setdefault(what, 0):
-                tenths[what] = tenth
-                err_console.print(f"{what} {done}/{of}")
-
-        yield line
-        return
-    times = (TimeElapsedColumn(), TimeRemainingColumn())
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times)
-    with Progress(*columns, console=err_console) as bars:
-        tasks: dict[str, Any] = {}
-
-        def progress(what: str, done: int, of: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=of)
-            bars.update(tasks[what], completed=done)
-
-        yield progress
+    """Within: a callback for how far a verb is. A bar on a terminal, else lines; neither where hushed."""
+    if err_console.quiet or _told.hushed:
+        yield lambda what, done, of, tokens=0: None
+    elif err_console.is_terminal:
+        with live(err_console) as progress:
+            yield progress
+    else:
+        yield lines(err_console)
 
 
 def complain(who: str, what: object, style: str) -> None:

@@ -100,7 +100,10 @@ def _affordable(table: Costs, total: int, bits: tuple[int, ...]) -> int:
     """The least total that costs no more than `total` does."""
     full = _all_owed(table)
     if not np.isfinite(full).any():
-        raise RecipeError(f"there are too few experts for the floors of the bit set {bits}")
+        raise RecipeError(
+            f"there are too few experts for the floors of the bit set {bits}; set others (--set "
+            "allocate.bits=[...])"
+        )
     least = int(np.isfinite(full).argmax())
     if total < least:
         raise RecipeError(

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moecule.batch import Batch, tokens_of
+from moecule.batch import Batch, n_tokens, tokens_of
 from moecule.calibrate import collect
 from moecule.data import room_for
 from moecule.drop import first_of
@@ -69,7 +69,8 @@ def patterns(
             )
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-    tick, tasks = ticker(progress, "patterns", len(texts) * len(streamed.layers)), []
+    tokens = sum(map(n_tokens, texts.values()))
+    tick, tasks = ticker(progress, "patterns", len(texts) * len(streamed.layers), tokens), []
     for name, batches in texts.items():
         needs = tuple(dict.fromkeys((*score.needs(part.options), *SEEN)))
         sums = dict(collect(streamed, ranks.mine(batches), needs, tick))

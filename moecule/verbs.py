@@ -81,7 +81,8 @@ def calibrate(
             "or remove it"
         )
     layers, backward = len(streamed.layers), any(s.backward for s in needs)
-    tick = ticker(progress, "calibrate", layers * (2 if backward else 1))
+    steps = layers * (2 if backward else 1)
+    tick = ticker(progress, "calibrate", steps, n_tokens(batches))
     mine = ranks.mine(batches)
     with journal_of(
         out, {"verb": "calibrate", "processes": ranks.size, **inputs}, ranks
@@ -288,7 +289,7 @@ def apply(
     if ranks.is_first and there is not None:  # a checkpoint, and not this one
         check_out(out, remains(out, source) | placed(out))
     request = {"verb": "apply", "processes": ranks.size, **inputs}
-    tick = ticker(progress, "apply", len(streamed.layers))
+    tick = ticker(progress, "apply", len(streamed.layers), n_tokens(batches))
     with journal_of(out, request, ranks) as journal:
         made = journal.folder / MADE
         if not journal.is_written:
@@ -304,7 +305,9 @@ def apply(
             if ranks.is_first:
                 writer.close()
                 write_config(made, streamed.checkpoint, streamed.family, chosen, done, inputs)
+                check = ticker(progress, "check", 1)
                 _verify(streamed, done, probed, made, probe)
+                check()
         if ranks.is_first:
             (out / "result.json").unlink(missing_ok=True)  # of what lay there before
         _put_in_place(journal, out)

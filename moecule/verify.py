@@ -78,10 +78,14 @@ def verify(
     text = run.stdout if run.returncode == 0 else run.stderr
     line = next(reversed(text.strip().splitlines()), "no output")
     if run.returncode != 0:
-        raise VerifyError(f"what was written does not load in a fresh process: {line}")
+        raise VerifyError(
+            f"what was written does not load in a fresh process: {line}; run it again, and report "
+            "it if that stays"
+        )
     if line != "same":
         raise VerifyError(
-            f"what was written computes something else: {line}; the folder was not put in place"
+            f"what was written computes something else: {line}; it was not put in "
+            "place: run it again, with another --dtype, or report it"
         )
 
 

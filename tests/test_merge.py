@@ -599,7 +599,7 @@ def test_a_plan_that_cannot_be_is_refused(fate, merges, said, checkpoint, tmp_pa
     ("was", "now", "said"),
     [
         ("router: rows", "router: lots", "router rows, mean, alias"),
-        ("0: 1.0 2.0", "0: 1.0 -2.0", "weights are numbers from 0 up"),
+        ("0: 1.0 2.0", "0: 1.0 -2.0", "weights, wanted numbers from 0 up"),
         ("0: 1.0 2.0", "0: 1.0 much", "merge wants how, router and weights"),
         ("refit: true", "refit: perhaps", "wanted true or false"),
         ("merge 0", "merge all", "drop, or merge 3"),

@@ -31,7 +31,7 @@ class Options:
 def allocate(stats: Stats, mean_bits: float, options: Options) -> dict[int, tuple[int, ...]]:
     """{layer: bits of each expert}. Raises RecipeError for a mean outside 1 to 8."""
     if not 1 <= mean_bits <= 8:
-        raise RecipeError(f"bsp wants a mean of 1 to 8 bits, not {mean_bits:g}")
+        raise RecipeError(f"bsp was given {mean_bits:g} bits, wanted a mean of 1 to 8")
     low = max(1, int(mean_bits - options.below))
     rising = sorted(stats, key=lambda i: (float(stats[i]["cosine"]), i))
     left = int((mean_bits - low) * len(stats) + 1e-9)

@@ -26,7 +26,7 @@ class Options:
 def allocate(stats: Stats, mean_bits: float, options: Options) -> dict[int, tuple[int, ...]]:
     """{layer: bits of each expert}. Raises RecipeError for a mean outside 1 to 8."""
     if not 1 <= mean_bits <= 8:
-        raise RecipeError(f"frequency wants a mean of 1 to 8 bits, not {mean_bits:g}")
+        raise RecipeError(f"frequency was given {mean_bits:g} bits, wanted a mean of 1 to 8")
     out = {}
     for i, s in stats.items():
         n = len(s["count"])

@@ -28,7 +28,7 @@ class Options:
 def allocate(stats: Stats, mean_bits: float, options: Options) -> dict[int, tuple[int, ...]]:
     """{layer: bits of each expert}. Raises RecipeError for a mean outside 1 to 8."""
     if not 1 <= mean_bits <= 8:
-        raise RecipeError(f"random wants a mean of 1 to 8 bits, not {mean_bits:g}")
+        raise RecipeError(f"random was given {mean_bits:g} bits, wanted a mean of 1 to 8")
     draw = torch.Generator().manual_seed(options.seed)
     out = {}
     for i, s in sorted(stats.items()):
