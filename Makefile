@@ -3,6 +3,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # the CPU build where pip can find it; any torch >= 2.9 will do
 TORCH ?= torch==2.13.0
+# what is compiled is kept: tests start two dozen processes that import it
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-all lint conform clean
 
@@ -22,6 +24,8 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+test test-all: export OMP_NUM_THREADS = 1
 
 test: lint
 	$(BIN)/pytest -m "not slow" -n 2

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moecule.method import load_all
-from moecule.recipe import load_recipe, recipe_names
+from moecule.recipe import Recipe, load_recipe, recipe_names
 
 MEASURED = Path(__file__).parent / "measured.json"
 PARTS = (
@@ -61,8 +61,8 @@ class Listed:
 def listing() -> list[Listed]:
     """Every method, in the order of the parts they supply and then by name."""
     using: dict[str, list[str]] = {}
-    for name in recipe_names():
-        recipe = load_recipe(name)
+    recipes = {name: load_recipe(name) for name in recipe_names()}
+    for name, recipe in recipes.items():
         parts = (
             *(recipe.score, recipe.choose, recipe.channels, recipe.cluster, recipe.merge),
             *(recipe.sparsify, recipe.mask),
@@ -84,15 +84,14 @@ def listing() -> list[Listed]:
                 paper=arxiv[1],
                 parts=tuple(p for p in PARTS if getattr(method, p) is not None),
                 recipes=tuple(using.get(name, ())),
-                measured=tuple(c for c in costs if _is_of(c, name)),
+                measured=tuple(c for c in costs if _is_of(recipes[c.recipe], name)),
             )
         )
     return sorted(found, key=lambda m: (min(map(PARTS.index, m.parts)), m.name))
 
 
-def _is_of(cost: Measured, method: str) -> bool:
-    """Whether it is the cost of what this method decides: what to drop, or else how many bits."""
-    recipe = load_recipe(cost.recipe)
+def _is_of(recipe: Recipe, method: str) -> bool:
+    """Whether what the recipe costs is what this method decides: what to drop, or else how many bits."""
     removes = recipe.merge or recipe.score or recipe.choose or recipe.channels
     return (removes or recipe.sparsify or recipe.allocate).method == method
 

@@ -1,0 +1,54 @@
+"""Shapes and types are checked at run time, in place of what jaxtyping's decorator does about it.
+
+That one checks arguments, and checks them again beside what is returned; it binds each call's arguments for
+its messages, and all this around functions that speak of no array too. Half of the time of all tests went
+there. Here beartype checks a function once, and jaxtyping's memory of sizes is opened where arrays are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from typing import Any
+
+import jaxtyping
+from beartype import BeartypeConf, beartype
+
+CHECK: Any = beartype(
+    conf=BeartypeConf(is_pep484_tower=True)
+)  # an int will do for a float, as for mypy
+ITS_OWN = jaxtyping.jaxtyped
+
+
+def jaxtyped(what: Any = None, *, typechecker: Any = None) -> Any:
+    """A function, or the making of a dataclass, whose arguments and result are checked."""
+    if what is None:
+        return functools.partial(jaxtyped, typechecker=typechecker)
+    if inspect.isclass(what):
+        if dataclasses.is_dataclass(what):
+            what.__init__ = jaxtyped(what.__init__, typechecker=typechecker)
+        return what
+    # arguments of a generator are checked when it is called, which beartype leaves to its first step
+    if not inspect.isfunction(what) or inspect.isgeneratorfunction(what):
+        return ITS_OWN(what, typechecker=typechecker)
+    once = CHECK(what)
+    if not _speaks_of_arrays(what):
+        return once
+
+    @functools.wraps(what)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        with ITS_OWN("context"):
+            return once(*args, **kwargs)
+
+    return checked
+
+
+def _speaks_of_arrays(function: Any) -> bool:
+    """Whether an annotation, a text still, has dimensions in quotes."""
+    return any(not isinstance(a, str) or '"' in a for a in function.__annotations__.values())
+
+
+def install() -> None:
+    """From here on, for what is imported under jaxtyping's hook."""
+    jaxtyping.jaxtyped = jaxtyped
