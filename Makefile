@@ -3,15 +3,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # the CPU build where pip can find it; any torch >= 2.9 will do
 TORCH ?= torch==2.13.0
-# what is compiled is kept: tests start two dozen processes that import it
+# what is imported is compiled then, and kept: all that pip installs takes it a minute
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all lint conform clean
+.PHONY: demo test test-all lint conform docs clean
 
 $(VENV)/.ready: pyproject.toml
 	python3 -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
 demo: $(VENV)/.ready
@@ -37,6 +37,11 @@ test-all: lint
 conform: $(VENV)/.ready
 	$(BIN)/python tests/conform.py -n 2
 	$(BIN)/python tests/conform.py --readme
+
+# build/site/index.html; a broken link fails
+docs: $(VENV)/.ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) demo-out build dist

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from typing import Any
+from typing import Any, get_type_hints
 
 import jaxtyping
 from beartype import BeartypeConf, beartype
@@ -30,7 +30,8 @@ def jaxtyped(what: Any = None, *, typechecker: Any = None) -> Any:
             what.__init__ = jaxtyped(what.__init__, typechecker=typechecker)
         return what
     # arguments of a generator are checked when it is called, which beartype leaves to its first step
-    if not inspect.isfunction(what) or inspect.isgeneratorfunction(what):
+    known = inspect.isfunction(what) and not inspect.isgeneratorfunction(what) and _is_known(what)
+    if not known:
         return ITS_OWN(what, typechecker=typechecker)
     once = CHECK(what)
     if not _speaks_of_arrays(what):
@@ -42,6 +43,15 @@ def jaxtyped(what: Any = None, *, typechecker: Any = None) -> Any:
             return once(*args, **kwargs)
 
     return checked
+
+
+def _is_known(function: Any) -> bool:
+    """Whether annotations name what is there, or the function's own class, which is being made."""
+    try:
+        get_type_hints(function)
+    except NameError as e:
+        return e.name == function.__qualname__.partition(".")[0]
+    return True
 
 
 def _speaks_of_arrays(function: Any) -> bool:
