@@ -21,6 +21,7 @@ from moecule import families, family, method, methods, verbs
 from moecule.recipe import load_recipe
 
 DOCS = Path(__file__).parents[1] / "docs"
+few_tokens = pytest.mark.filterwarnings("ignore:.*saw fewer than 32 tokens")
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -54,6 +55,7 @@ def added(package: object, name: str, code: str, folder: Path, monkeypatch) -> N
     monkeypatch.setitem(sys.modules, whole, importlib.import_module(whole))
 
 
+@few_tokens
 def test_the_method_that_is_added_drops_experts(there, monkeypatch):
     (code,), (recipe,) = blocks("add-a-method", "python")[:1], blocks("add-a-method", "toml")
     added(methods, "least_given", code, there, monkeypatch)
@@ -79,7 +81,8 @@ def test_the_family_that_is_added_is_walked(there, monkeypatch, checkpoint):
     laws.test_walking_equals_calling("qwen3_moe", torch.float32, checkpoint)
 
 
-@pytest.mark.filterwarnings("ignore:.*saw fewer than 32 tokens")
+@pytest.mark.slow
+@few_tokens
 def test_the_tutorial_runs(there, capsys):
     edit, load = blocks("tutorial", "python")
     for args in commands("tutorial"):
