@@ -15,9 +15,10 @@ from typing import Any, get_type_hints
 import jaxtyping
 from beartype import BeartypeConf, beartype
 
+# an int will do for a float, as for mypy
 CHECK: Any = beartype(
-    conf=BeartypeConf(is_pep484_tower=True)
-)  # an int will do for a float, as for mypy
+    conf=BeartypeConf(is_pep484_tower=True, violation_type=jaxtyping.TypeCheckError)
+)
 ITS_OWN = jaxtyping.jaxtyped
 
 
