@@ -3,13 +3,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # the CPU build where pip can find it; any torch >= 2.9 will do
 TORCH ?= torch==2.13.0
+# what is imported is compiled then, and kept: all that pip installs takes it a minute
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all lint conform clean
+.PHONY: demo test test-all lint conform docs clean
 
 $(VENV)/.ready: pyproject.toml
 	python3 -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
 demo: $(VENV)/.ready
@@ -23,6 +25,8 @@ lint: $(VENV)/.ready
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+test test-all: export OMP_NUM_THREADS = 1
+
 test: lint
 	$(BIN)/pytest -m "not slow" -n 2
 
@@ -33,6 +37,11 @@ test-all: lint
 conform: $(VENV)/.ready
 	$(BIN)/python tests/conform.py -n 2
 	$(BIN)/python tests/conform.py --readme
+
+# build/site/index.html; a broken link fails
+docs: $(VENV)/.ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) demo-out build dist

@@ -172,7 +172,7 @@ def _config(path: Path) -> dict[str, Any]:
             f"{path} is no checkpoint: it has no config.json; give a model folder"
         )
     try:
-        config = parse_json(file.read_text())
+        config = parse_json(file.read_bytes())
     except (OSError, ValueError) as e:
         raise CheckpointError(f"{file} is not JSON ({e}); fetch it again") from e
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
@@ -193,7 +193,7 @@ def _shards(path: Path) -> list[str]:
     index = path / INDEX
     if index.is_file():
         try:
-            files = sorted(set(parse_json(index.read_text())["weight_map"].values()))
+            files = sorted(set(parse_json(index.read_bytes())["weight_map"].values()))
             outside = [f for f in files if not _is_inside(f)]
             missing = [f for f in files if not (path / f).is_file()] if not outside else []
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:

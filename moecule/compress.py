@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import resource
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
 import torch
 
 from moecule.apply import check_target, key_of
@@ -160,6 +161,12 @@ def _since(start: float) -> float:
 
 def peak_memory() -> dict[str, int]:
     """Bytes that this process has held at most, on the host and on the device."""
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if sys.platform == "win32":
+        host = int(psutil.Process().memory_info().peak_wset)
+    else:
+        import resource
+
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        host = most if sys.platform == "darwin" else 1024 * most
     device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return {"host": host, "device": device}

@@ -103,7 +103,7 @@ def check_text(text: str, where: str) -> None:
         raise DataError(f"{where} is no Unicode text ({e.reason}); mend it or leave it out") from e
 
 
-def check_tokens(tokens: Int[Tensor, ...], config: Any) -> None:
+def check_tokens(tokens: Int[Tensor, " ..."], config: Any) -> None:
     """Raise DataError for a tokenizer of another model: one that gives tokens this one lacks."""
     known, highest = int(config.get_text_config().vocab_size), int(tokens.max())
     if highest >= known:

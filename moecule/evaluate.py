@@ -196,7 +196,7 @@ def _losses(
 def _plan_digest(path: Path) -> str | None:
     file = path / "plan.yaml"
     try:
-        return Plan.loads(file.read_text()).code_digest if file.is_file() else None
+        return Plan.loads(file.read_text(encoding="utf-8")).code_digest if file.is_file() else None
     except UnicodeDecodeError as e:
         raise PlanError(f"{file} is no text ({e}); compress again") from e
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -28,6 +29,21 @@ def writing(file: Path) -> Iterator[None]:
         raise OutputError(
             f"{file} cannot be written: {e.strerror or e}; {mend} and run it again"
         ) from e
+
+
+def hold(f: IO[str]) -> None:
+    """Lock an open file until it is closed. Raises BlockingIOError where another process holds it."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        try:
+            msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError as e:
+            raise BlockingIOError("another process holds it") from e
+    else:
+        import fcntl
+
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -55,7 +71,7 @@ def save_whole(
     try:
         save_file(dict(sorted(tensors.items())), partial, metadata=dict(said or {"format": "pt"}))
         if sync:
-            with partial.open("rb") as f:
+            with partial.open("r+b") as f:  # Windows syncs only what may be written
                 os.fsync(f.fileno())
         os.replace(partial, file)
     except (SafetensorError, OSError) as e:
@@ -70,7 +86,7 @@ def write_text(file: Path, text: str) -> None:
     partial, made = file.with_name(f".{file.name}.partial"), missing_folders(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8", newline="\n")
         os.replace(partial, file)
     except OSError as e:
         partial.unlink(missing_ok=True)

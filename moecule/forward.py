@@ -27,7 +27,7 @@ def _kernels_of_gpu() -> Any:
         return None
     if importlib.util.find_spec("triton") is None:
         warnings.warn(
-            "packed weights run by plain torch on the GPU: there is no triton; pip install triton",
+            "packed weights run by plain torch on the GPU: there is no triton; pip install 'moecule[gpu]'",
             stacklevel=2,
         )
         return None

@@ -182,7 +182,7 @@ def _storable_zero(zero: Tensor) -> Tensor:
     return zero.clamp(-6e4, 6e4).half().float()
 
 
-def nearest(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Float[Tensor, ...]:
+def nearest(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Float[Tensor, " ..."]:
     """The code of the nearest level, as float."""
     if bits == 1:  # round() takes 1/2 to the even 0, and the sign of 0 is +
         return (w >= 0).float()

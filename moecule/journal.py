@@ -11,11 +11,11 @@ first when the output is in place: what lies in a folder without one is to be re
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from moecule.errors import OutputError
-from moecule.files import missing_folders, parse_json, remove_empty, writing
+from moecule.files import hold, missing_folders, parse_json, remove_empty, writing
 from moecule.ranks import SOLO, Ranks
 from moecule.states import Place, States
 
@@ -221,7 +221,7 @@ def only_one(out: Path, ranks: Ranks = SOLO, what: str = "lock") -> Iterator[Non
             file.parent.mkdir(parents=True, exist_ok=True)
             f = stack.enter_context(file.open("w"))
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hold(f)
             if not _is_at(f.fileno(), file):
                 raise BlockingIOError("its holder has just let go of it")
         except BlockingIOError as e:
@@ -231,6 +231,8 @@ def only_one(out: Path, ranks: Ranks = SOLO, what: str = "lock") -> Iterator[Non
         try:
             yield
         finally:
+            if sys.platform == "win32":  # which removes no file that is open
+                f.close()
             file.unlink(missing_ok=True)
             remove_empty(made)
 

@@ -59,7 +59,7 @@ def read_plan(path: str | Path) -> Plan:
     Raises PlanError where they cannot be read.
     """
     try:
-        plan = Plan.loads(Path(path).read_text())
+        plan = Plan.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as e:
         raise PlanError(
             f"{path} cannot be read as a plan: {e}; give a file that moecule plan made"

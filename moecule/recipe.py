@@ -192,7 +192,7 @@ def load_recipe(name: str | Path, changes: Mapping[str, Any] | None = None) -> R
             f"no recipe {str(name)!r}: there are {', '.join(recipe_names())}, or give a .toml file"
         )
     try:
-        doc = tomllib.loads(path.read_text())
+        doc = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
         raise RecipeError(f"{path}: not TOML: {e}; mend that line") from e
     for key, value in (changes or {}).items():

@@ -9,12 +9,14 @@ import ctypes
 import functools
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
@@ -37,7 +39,8 @@ def _writer() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(4 if torch.cuda.is_available() else 1)
 
 
-os.register_at_fork(after_in_child=_writer.cache_clear)  # a forked process has no threads
+if hasattr(os, "register_at_fork"):  # a forked process has no threads; Windows forks none
+    os.register_at_fork(after_in_child=_writer.cache_clear)
 
 
 @dataclass
@@ -154,17 +157,18 @@ def choose_place(size_bytes: int, copies: int, device: torch.device) -> Place:
 
 def give_back() -> None:
     """Let the system have freed host memory, which glibc keeps in pieces: more with every layer."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other allocators have no such thing
+    trim = None
+    if sys.platform == "linux":
+        trim = getattr(
+            ctypes.CDLL(None), "malloc_trim", None
+        )  # other allocators have no such thing
     if trim is not None:
         trim(0)
 
 
 def free_host_bytes() -> int:
-    """Host memory that can still be taken, as Linux and its control groups tell."""
-    table = dict(
-        line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line
-    )
-    free = 1024 * int(table["MemAvailable"].split()[0])
+    """Host memory that can still be taken, as the system and Linux's control groups tell."""
+    free = int(psutil.virtual_memory().available)
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdigit():
         free = min(free, int(most) - int(used.read_text()))

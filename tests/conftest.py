@@ -7,28 +7,36 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import checked
+import pytest
+
 # before torch imports triton: where there is no GPU its kernels are interpreted
 os.environ.setdefault("TRITON_INTERPRET", "0" if shutil.which("nvidia-smi") else "1")
-
-# isort: split
-import pytest
-import tiny
-import torch
-import transformers
-from hypothesis import settings
-
-from moecule import verbs
-
 SHARED = Path(__file__).parents[2] / "shared"  # beside the repository, not in it
 
-# the same examples every time, and no clock: machines are slow in turns
-settings.register_profile("same", derandomize=True, deadline=None, database=None, max_examples=60)
-settings.load_profile("same")
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Imports that take long, but not in the process that only hands out tests to others (`-n 2`)."""
+    if config.getoption("numprocesses", None):
+        return
+    checked.install()
+    import tiny  # before any test imports moecule
+    from hypothesis import settings
+
+    # the same examples every time, and no clock: machines are slow in turns
+    n = tiny.EXAMPLES // 3 if "not slow" in config.option.markexpr else tiny.EXAMPLES
+    settings.register_profile(
+        "same", derandomize=True, deadline=None, database=None, max_examples=n
+    )
+    settings.load_profile("same")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _silent() -> None:
     """One thread, so that sums come in one order; no bars and no advice from transformers."""
+    import torch
+    import transformers
+
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -40,6 +48,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, _silent: None) -> Calla
 
     `dtype` is of the files. `tokenizer`: the vocabulary is that of bytes, and its tokenizer is there.
     """
+    import tiny
+    import torch
+
     made: dict[tuple[str, torch.dtype, bool], Path] = {}
 
     def folder(name: str, *, dtype: torch.dtype = torch.float32, tokenizer: bool = False) -> Path:
@@ -66,6 +77,8 @@ def shared() -> Path:
 @pytest.fixture
 def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer programs a product: where they are interpreted, one takes as long whatever its rows."""
+    import torch
+
     if not torch.cuda.is_available():
         from moecule.kernels import gemv
 
@@ -75,6 +88,8 @@ def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def here(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the module's `place`; what is written here is not opened afresh, which takes seconds."""
+    from moecule import verbs
+
     shutil.copytree(place, tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(verbs, "verify", lambda *args: 0.0)
     return tmp_path

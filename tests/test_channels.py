@@ -38,7 +38,6 @@ from moecule.stats import COUNT, Seen
 from moecule.width import narrow_expert
 
 few_tokens = pytest.mark.filterwarnings("ignore:.*saw fewer than 32 tokens")
-every_family = pytest.mark.parametrize("name", tiny.FAMILIES)
 NARROWING = {name: m for name, m in load_all().items() if m.channels is not None}
 CHANNELS = {n: load_recipe(n) for n in recipe_names() if load_recipe(n).channels is not None}
 RECIPES = [n for n, recipe in CHANNELS.items() if recipe.skip is None]  # heapr_mc: test_runs
@@ -362,7 +361,7 @@ def by_layer(layer: int, e: int) -> int:
     return (8, 16, 12)[layer % 3]
 
 
-@every_family
+@tiny.every_family
 @pytest.mark.parametrize("width", [even, ragged, by_layer])
 def test_dropping_channels_equals_multiplying_what_they_give_by_0(
     name, width, checkpoint, tmp_path
@@ -390,7 +389,7 @@ def test_dropping_channels_equals_multiplying_what_they_give_by_0(
 STOCK = {"gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"}
 
 
-@every_family
+@tiny.every_family
 def test_one_width_is_a_stock_checkpoint_where_a_config_key_says_it(name, checkpoint, tmp_path):
     streamed = tiny.stream(checkpoint(name))
     done = tiny.write(streamed, narrowed(streamed, even), tmp_path / "out", tiny.tokens())
@@ -423,7 +422,7 @@ def write_and_load(
     assert bytes_by_part(foreseen, plan) == weigh(Checkpoint.open(out))["bytes_by_part"]
 
 
-@every_family
+@tiny.every_family
 def test_channels_go_and_then_bits(name, checkpoint, tmp_path):
     batches, streamed = tiny.tokens(2), tiny.stream(checkpoint(name))
     plan, foreseen = narrowed(streamed, by_layer, Keep(4, 8)), take_inventory(streamed)

@@ -149,7 +149,7 @@ def mixed(layer: int, expert: int) -> Keep:
     return (Keep(2, 16), Keep(3, 16), Keep(1, 16), Keep(16))[(layer + expert) % 4]
 
 
-@pytest.mark.parametrize("name", tiny.FAMILIES)
+@tiny.every_family
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_computes_the_same_without_it(name, dtype, checkpoint, tmp_path, monkeypatch):
     streamed, batches = tiny.stream(checkpoint(name)), tiny.tokens(1)

@@ -333,7 +333,10 @@ def test_killed_while_it_evaluates_compress_goes_on_there(here, monkeypatch, tim
         assert len(summed) == batches - max(done - 2 * LAYERS, 0)
 
 
-@pytest.mark.parametrize("other", ["text", "dtype", "original", "model"])
+@pytest.mark.parametrize(
+    "other",
+    ["text", *(pytest.param(o, marks=pytest.mark.slow) for o in ("dtype", "original", "model"))],
+)
 def test_the_losses_of_another_request_are_thrown_away(here, monkeypatch, timeless, other):
     plan = moecule.read_plan(here / "plan.yaml")
     apply(here)

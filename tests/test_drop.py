@@ -35,7 +35,6 @@ from moecule.stats import DROPPING, Routed, Seen, Statistic
 from moecule.walk import walk
 
 few_tokens = pytest.mark.filterwarnings("ignore:.*saw fewer than 32 tokens")
-every_family = pytest.mark.parametrize("name", tiny.FAMILIES)
 SCORING = {name: m for name, m in load_all().items() if m.score is not None}
 RECIPES = [n for n in recipe_names() if (r := load_recipe(n)).score and not r.merge]
 
@@ -312,7 +311,7 @@ def test_a_size_beside_a_share_is_met_by_rounding_those_that_stay():
 # through the model
 
 
-@every_family
+@tiny.every_family
 def test_the_stream_that_experts_turn_is_what_their_block_adds_to(name, checkpoint):
     streamed = tiny.stream(checkpoint(name))
     for step in walk(streamed, tiny.tokens(2)):
@@ -341,7 +340,7 @@ def test_a_family_whose_experts_live_in_another_width_says_so(checkpoint):
         list(collect(streamed, tiny.tokens(), easy_ep.METHOD.needs(None)))
 
 
-@every_family
+@tiny.every_family
 def test_every_token_counts_for_as_many_experts_as_the_router_picks(name, checkpoint):
     streamed, batches = tiny.stream(checkpoint(name)), tiny.tokens(2)
     n = sum(b.numel() for b in batches)
@@ -392,7 +391,7 @@ SUMMED = [
 ]  # not by lot; not by gradients
 
 
-@every_family
+@tiny.every_family
 @pytest.mark.parametrize("keep", [Keep(), Keep(8, 16)])
 def test_a_router_that_picks_fewer_does_so_in_the_file_too(name, keep, tmp_path):
     known = every.config(name).get_text_config().to_dict()

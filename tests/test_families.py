@@ -41,6 +41,7 @@ def test_walking_equals_calling(name, checkpoint):
     laws.test_walking_equals_calling(name, torch.float32, checkpoint)
 
 
+@pytest.mark.slow
 @each
 def test_listening_changes_nothing(name, checkpoint):
     laws.test_listening_changes_nothing_and_hears_what_the_experts_say(name, checkpoint)

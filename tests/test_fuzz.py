@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
@@ -85,9 +86,13 @@ def listed(folder: Path) -> list[str]:
 
 
 def many(n: int) -> Callable[..., Any]:
-    """So many examples; the files are put back after each, so a fixture may be shared."""
+    """So many examples, or the share of them that conftest.py asks of all tests for.
+
+    The files are put back after each, so a fixture may be shared.
+    """
+    most = n * settings.default.max_examples // tiny.EXAMPLES
     return settings(
-        max_examples=n, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
+        max_examples=most, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
     )
 
 

@@ -15,7 +15,6 @@ from moecule.moe import listening
 from moecule.stats import COSINE, DROPPING, HIDDEN_SQ, MASS, TOKENS
 from moecule.walk import walk, walk_back
 
-every_family = pytest.mark.parametrize("name", tiny.FAMILIES)
 NORM, SQUARED, FISHER = (
     pmq.trial(pmq.Options(bits=(1, 3), error=error, group=16))
     for error in ("norm", "squared", "fisher")
@@ -28,7 +27,7 @@ def experts_of(streamed: Any) -> str:
     return str(streamed.model.config.get_text_config()._experts_implementation)
 
 
-@every_family
+@tiny.every_family
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_walking_equals_calling(name, dtype, checkpoint):
     batches = tiny.tokens(3)
@@ -45,7 +44,7 @@ def test_walking_equals_calling(name, dtype, checkpoint):
             assert torch.equal(got, want)
 
 
-@every_family
+@tiny.every_family
 def test_one_layer_at_a_time_holds_weights(name, checkpoint):
     streamed = tiny.stream(checkpoint(name))
     for step in walk(streamed, tiny.tokens(1)):
@@ -59,7 +58,7 @@ def any_real(layer: nn.Module) -> bool:
     return any(not p.is_meta for p in layer.parameters())
 
 
-@every_family
+@tiny.every_family
 def test_listening_changes_nothing_and_hears_what_the_experts_say(name, checkpoint):
     streamed = tiny.stream(checkpoint(name))
     for step in walk(streamed, tiny.tokens(2)):
@@ -88,7 +87,7 @@ def test_listening_changes_nothing_and_hears_what_the_experts_say(name, checkpoi
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@every_family
+@tiny.every_family
 def test_a_tokens_coefficients_are_its_probabilities_up_to_a_factor(name, checkpoint):
     streamed = tiny.stream(checkpoint(name))
     for step in walk(streamed, tiny.tokens(1)):
@@ -113,7 +112,7 @@ def test_a_tokens_coefficients_are_its_probabilities_up_to_a_factor(name, checkp
         assert constant == seen.renormalised
 
 
-@every_family
+@tiny.every_family
 def test_sums_of_two_shards_add_up_to_those_of_the_whole(name, checkpoint):
     batches = tiny.tokens(4)
     halves = [
@@ -129,7 +128,7 @@ def test_sums_of_two_shards_add_up_to_those_of_the_whole(name, checkpoint):
             torch.testing.assert_close(added, total, rtol=1e-14, atol=0)
 
 
-@every_family
+@tiny.every_family
 def test_every_statistic_is_a_finite_float64_sum_by_expert_or_layer(name, checkpoint):
     streamed = tiny.stream(checkpoint(name))
     every = (*SUMS, SQUARED, hawq.sensitivity(hawq.Options(group=16)))
@@ -168,7 +167,7 @@ def gradients_of_the_whole(model: Any, moes: list[Any], batches: list[Tensor]) -
     return [torch.cat(found[i * n : (i + 1) * n]) for i in range(len(moes))]
 
 
-@every_family
+@tiny.every_family
 def test_walking_back_gives_the_gradients_of_the_whole_model(name, checkpoint):
     batches = tiny.tokens(2)
     streamed = tiny.stream(checkpoint(name), torch.float64)
@@ -192,7 +191,7 @@ def test_walking_back_gives_the_gradients_of_the_whole_model(name, checkpoint):
         torch.testing.assert_close(got[i], grad, rtol=1e-5, atol=1e-6 * float(grad.abs().max()))
 
 
-@every_family
+@tiny.every_family
 def test_counting_on_the_way_back_counts_the_same(name, checkpoint):
     batches = tiny.tokens(2)
     there = dict(collect(tiny.stream(checkpoint(name)), batches, SUMS))

@@ -23,7 +23,6 @@ from moecule.moe import by_expert, experts_of, find_layers, find_moe
 from moecule.plan import Drop, Fate, Keep
 from moecule.walk import walk
 
-every_family = pytest.mark.parametrize("name", tiny.FAMILIES)
 REST = {"attention": Keep(4, 8), "shared": Keep(5, 16), "dense": Keep(3, 32), "router": Keep(8, 16)}
 
 
@@ -62,7 +61,7 @@ def assert_same_bytes(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert [n for n in a if bytes_of(a[n]) != bytes_of(b[n])] == []
 
 
-@every_family
+@tiny.every_family
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_reading_and_writing_back_gives_the_same_bytes(name, dtype, checkpoint):
     folder = checkpoint(name, dtype=dtype)
@@ -77,7 +76,7 @@ def test_reading_and_writing_back_gives_the_same_bytes(name, dtype, checkpoint):
     assert_same_bytes(written, whole(folder))
 
 
-@every_family
+@tiny.every_family
 def test_a_plan_that_keeps_everything_gives_the_same_tensors(name, checkpoint, tmp_path):
     folder, out = checkpoint(name, dtype=torch.bfloat16), tmp_path / "out"
     streamed = tiny.stream(folder)
@@ -134,7 +133,7 @@ def masked(model: Any, name: str, dropped: dict[int, list[int]]) -> Iterator[Non
     assert sum(masks) == sum(map(len, dropped.values()))  # every router was met once
 
 
-@every_family
+@tiny.every_family
 @pytest.mark.parametrize("fate", [uniform, ragged])
 def test_dropping_experts_equals_masking_them_in_the_router(name, fate, checkpoint, tmp_path):
     out, (batch,) = tmp_path / "out", tiny.tokens(seed=3)
@@ -153,7 +152,7 @@ def test_dropping_experts_equals_masking_them_in_the_router(name, fate, checkpoi
     torch.testing.assert_close(tiny.logits(tiny.load(out), batch), want, rtol=1e-5, atol=1e-5)
 
 
-@every_family
+@tiny.every_family
 def test_a_packed_checkpoint_loads_as_what_was_walked(name, checkpoint, tmp_path):
     batches = tiny.tokens(2)
     streamed = tiny.stream(checkpoint(name))
@@ -170,11 +169,8 @@ def test_a_packed_checkpoint_loads_as_what_was_walked(name, checkpoint, tmp_path
     assert_same_bytes(dict(again.state_dict()), dict(model.state_dict()))
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [(name, torch.float32) for name in tiny.FAMILIES]
-    + [(name, torch.bfloat16) for name in ("gpt_oss", "deepseek_v3")],
-)
+@tiny.every_family
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loaded_weights_are_the_rounded_ones_bit_for_bit(name, dtype, checkpoint, tmp_path):
     streamed = tiny.stream(checkpoint(name), dtype)
     plan = tiny.plan(streamed, mixed, rest=REST)
@@ -209,7 +205,7 @@ def check_experts(loaded: Any, before: Any, fates: tuple[Fate, ...]) -> None:
             assert torch.equal(loaded.packed[kind].weight(matrix, row), want)
 
 
-@every_family
+@tiny.every_family
 @pytest.mark.parametrize("fate", [mixed, uniform, ragged])
 def test_a_plans_bytes_are_the_files_bytes(name, fate, checkpoint, tmp_path):
     streamed = tiny.stream(checkpoint(name, dtype=torch.bfloat16))  # counts the files' own dtype
@@ -223,7 +219,7 @@ def test_a_plans_bytes_are_the_files_bytes(name, fate, checkpoint, tmp_path):
     assert sum(foreseen.values()) == sum(t.numel() * t.element_size() for t in tensors)
 
 
-@every_family
+@tiny.every_family
 def test_leaving_everything_costs_what_the_original_weighs(name, checkpoint):
     folder = checkpoint(name)
     inventory = take_inventory(tiny.stream(folder))

@@ -484,7 +484,7 @@ def test_aliases_load_with_one_copy_of_the_weights(ask, checkpoint, tmp_path, co
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", tiny.FAMILIES)
+@tiny.every_family
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_family_is_merged_and_opens(recipe, name, checkpoint, tmp_path, counted):
     for at, changes in enumerate(({}, {"merge.router": "alias"}, {"refit": True})):

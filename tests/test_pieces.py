@@ -113,7 +113,7 @@ def test_what_is_loaded_computes_what_was_written(name, encode, checkpoint, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", tiny.FAMILIES)
+@tiny.every_family
 def test_in_every_family_what_is_loaded_computes_what_was_written(name, checkpoint, tmp_path):
     agrees(*write_and_load(name, checkpoint, tmp_path / "out"))
 

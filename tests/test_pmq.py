@@ -139,7 +139,7 @@ def test_more_bits_than_the_widest_class_are_refused():
         pmq.allocate(stats_of([np.ones((4, 3))], options), 3.5, options)
 
 
-@pytest.mark.parametrize("name", tiny.FAMILIES)
+@tiny.every_family
 def test_every_token_counts_once_for_each_expert_it_is_sent_to(name, checkpoint):
     batches = tiny.tokens(3)
     streamed = tiny.stream(checkpoint(name))

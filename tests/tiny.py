@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import every
+import pytest
 import torch
 
 # before moecule, whose import under jaxtyping's hook would compile all of these anew
@@ -28,10 +29,17 @@ from moecule.recipe import part_of
 from moecule.walk import Walked, finish, walk
 from moecule.writer import SHARD_BYTES, SINGLE_BYTES, Writer
 
-# these are gone through in full by `make test`; every.py has them all
+# these are gone through in full; every.py has them all
 FAMILIES = (
     "deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe",
 )  # fmt: skip
+# by `make test`: between them they have groups, a bias in the choice, biased and interleaved experts,
+# a shared expert, coefficients that are scaled back and some that are not
+FEW = ("deepseek_v3", "gpt_oss", "mixtral", "qwen2_moe")
+every_family = pytest.mark.parametrize(
+    "name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
+)
+EXAMPLES = 60  # of hypothesis, by `make test-all`; a third of them by `make test`
 VOCABULARY = 300  # room for every byte and the special tokens
 
 

@@ -233,7 +233,7 @@ def own_positions(
     return last.clamp(min=0), last > before
 
 
-def _is_true(mask: Tensor) -> Bool[Tensor, ...]:
+def _is_true(mask: Tensor) -> Bool[Tensor, " ..."]:
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
