@@ -23,7 +23,7 @@ app = typer.Typer(
 VERBS = (  # as --help lists them
     *(looking.inspect, looking.families, looking.methods),
     *(making.calibrate, making.plan, making.apply, making.compress),
-    *(looking.evaluate, making.patterns, looking.generate),
+    *(looking.evaluate, looking.report, looking.compare, making.patterns, looking.generate),
 )
 for _verb in VERBS:
     app.command()(_verb)

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from torch import Tensor
 
 from moecule.batch import Batch, digest, n_predicted, n_tokens, shape_of, text_tokens
 from moecule.data import Sampling
+from moecule.depth import Sampled, by_depth, sample_of
 from moecule.errors import CheckpointError, DataError, PlanError
+from moecule.evidence import command_line, versions
 from moecule.hf import Streamed
-from moecule.inventory import weigh
+from moecule.inventory import step_bytes, weigh
 from moecule.journal import Journal, Trail, journal_of
-from moecule.measure import Loss, batch_sums, device_name, loss_of, speed
-from moecule.online import experts_run
+from moecule.measure import Loss, batch_sums, device_name, loss_of, read_rate, speed
+from moecule.online import experts_run, has_skip
 from moecule.plan import Plan
 from moecule.result import Result, mean_loss
 from moecule.session import (
@@ -90,6 +93,7 @@ def evaluate(
     names = (str(model), None if against is None else str(against))
     rates = _speed(model, streamed, prompt, compute, skip=skip)
     after = _result(streamed, by_file, longest, names, rates, seconds)
+    after = replace(after, text_digests={name: digest(of) for name, of in given.items()})
     if against is None or original is None:
         return None, after
     theirs = {
@@ -97,7 +101,9 @@ def evaluate(
         for name, r in by_file.items()
     }
     rates = _speed(against, original, prompt, compute)
-    return _result(original, theirs, longest, (str(against), None), rates, {}), after
+    before = _result(original, theirs, longest, (str(against), None), rates, {})
+    sampled = _sampled(model, streamed, original, given, compute, progress, skip=skip)
+    return before, replace(after, sampled=sampled, original=before)
 
 
 def _request(
@@ -186,6 +192,28 @@ def _speed(
     return speed(load(model, compute, skip=skip, exact=False), prompt)  # as generate runs it
 
 
+def _sampled(
+    model: str | Path,
+    streamed: Streamed,
+    original: Streamed,
+    given: Mapping[str, list[Batch]],
+    compute: Compute,
+    progress: Progress,
+    *,
+    skip: bool,
+) -> Sampled | None:
+    """By layer; of the first process alone. Layers are read once more for it, and none is kept."""
+    if not compute.ranks.is_first:
+        return None
+    skipping = None
+    if has_skip(streamed.model):
+        skipping = stream_any(model, compute, skip=True)
+    plain = stream_any(model, compute) if skip else streamed
+    models = 2 + (skipping is not None)
+    tick = ticker(progress, "by layer", models * len(streamed.layers))
+    return by_depth(plain, original, sample_of(given, len(streamed.layers)), tick, skipping)
+
+
 def _plan_digest(path: Path) -> str | None:
     file = path / "plan.yaml"
     try:
@@ -233,5 +261,10 @@ def _result(
         dtype=str(streamed.model.dtype).removeprefix("torch."),
         seconds=seconds,
         plan_digest=_plan_digest(streamed.checkpoint.path),
+        digest=streamed.checkpoint.digest,
+        step_bytes=step_bytes(streamed),
+        read_bytes_per_s=read_rate(streamed.device),
+        command=command_line(),
+        versions=versions(),
         **weigh(streamed.checkpoint),
     )

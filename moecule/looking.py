@@ -46,6 +46,7 @@ from moecule.show import (
     print_json,
     print_one,
     print_table,
+    say,
 )
 
 
@@ -144,6 +145,43 @@ def evaluate(
         print_one(after)
     if (Path(model) / "plan.yaml").is_file():
         write_text(Path(model) / "result.json", after.dumps())
+
+
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(help="What compress made; several are compared first.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The HTML file.")] = Path("report.html"),
+) -> None:
+    """Write one HTML file, and Markdown beside it: what was done to a model, and what it cost."""
+    from moecule.report import report as run
+
+    html, markdown = run(list(folders), out)
+    say(f"{html} opens in a browser, from disk; {markdown} is the same for a model card")
+
+
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="What compress made: two or more.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="An HTML file with the plots, too.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Show several compressed models beside each other, if they were measured alike."""
+    from moecule.compare import compare as run
+    from moecule.compare import rows, text_plot
+    from moecule.report import write_pages
+
+    found = run(list(folders))
+    if out is not None:
+        write_pages([found.page], out)
+    if json_:
+        print_json([{"folder": str(one.folder), **asdict(one.result)} for one in found.runs])
+        return
+    print_table(rows(found))
+    out_console.print(text_plot(found.runs), soft_wrap=True)
+    if out is not None:
+        say(f"{out} has the plots, {out.with_suffix('.md')} the table")
 
 
 def generate(

@@ -23,6 +23,7 @@ from moecule.errors import DataError
 from moecule.hf import Streamed
 
 SPEED_TOKENS = 32  # decoded one by one for the speed figure
+RATE_BYTES = {"cuda": 2**28, "cpu": 2**27}  # read for the rate: more than most caches hold
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,14 @@ def speed(model: Any, prompt: Int[Tensor, "one S"]) -> tuple[float, float]:
             model(token, past_key_values=cache, use_cache=True)
 
     return prompt.shape[1] / prefill, SPEED_TOKENS / _timed(model.device, decode)
+
+
+def read_rate(device: torch.device) -> float:
+    """Bytes/s at which the device adds up a large tensor: what bounds decoding, which reads weights."""
+    numbers = torch.ones(RATE_BYTES[device.type] // 4, dtype=torch.float32, device=device)
+    numbers.sum()
+    best = min(_timed(device, numbers.sum) for _ in range(3))
+    return RATE_BYTES[device.type] / best
 
 
 def _timed(device: torch.device, work: Callable[[], Any]) -> float:

@@ -6,8 +6,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+from moecule.depth import Depth, Sampled, Skipped
 from moecule.errors import DataError
+from moecule.files import parse_json
 from moecule.measure import Loss
 
 
@@ -41,6 +44,16 @@ class Result:
         default_factory=dict
     )  # host and device, of compress
     seconds: Mapping[str, float] = field(default_factory=dict)  # by verb
+    digest: str | None = None  # of the checkpoint
+    text_digests: Mapping[str, str] = field(default_factory=dict)  # of the tokens, by file
+    step_bytes: float | None = (
+        None  # that decoding a token must read: an average expert's, as loaded
+    )
+    read_bytes_per_s: float | None = None  # at which the device reads a large tensor
+    sampled: Sampled | None = None  # by layer, on a sample of the text
+    command: str | None = None  # that measured it; None where a function was called
+    versions: Mapping[str, str] = field(default_factory=dict)
+    original: Result | None = None  # measured beside it
 
     def dumps(self) -> str:
         """As JSON."""
@@ -116,8 +129,26 @@ def _row(
 def load_result(path: Path) -> Result:
     """The result that was written. Raises DataError where it is damaged."""
     try:
-        doc = json.loads(path.read_text())
-        doc["by_file"] = {k: Loss(**v) for k, v in doc["by_file"].items()}
-        return Result(**doc)
-    except (OSError, ValueError, TypeError, KeyError) as e:
-        raise DataError(f"{path} is no result of moecule evaluate ({e})") from e
+        return _result(parse_json(path.read_text()))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+        raise DataError(
+            f"{path} is no result of moecule evaluate ({' '.join(str(e).split())}); evaluate again"
+        ) from e
+
+
+def _result(doc: dict[str, Any]) -> Result:
+    doc["by_file"] = {k: Loss(**v) for k, v in doc["by_file"].items()}
+    if doc.get("sampled"):
+        doc["sampled"] = _sampled(doc["sampled"])
+    if doc.get("original"):
+        doc["original"] = _result(doc["original"])
+    return Result(**doc)
+
+
+def _sampled(doc: dict[str, Any]) -> Sampled:
+    depths = tuple(Depth(**depth) for depth in doc["depths"])
+    skip = doc.get("skipped")
+    if skip:
+        run = {int(i): share for i, share in skip["experts_run"].items()}
+        skip = Skipped(**{**skip, "experts_run": run})
+    return Sampled(**{**doc, "depths": depths, "skipped": skip})

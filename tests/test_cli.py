@@ -31,6 +31,7 @@ OPTIONS = {
     "calibrate": "data device dtype length out recipe samples set states trust-remote-code",
     "compress": "bits clamp context data device drop dtype fit json length out recipe samples set "
     "size states target text trust-remote-code",
+    "compare": "json out",
     "evaluate": "against device dtype json length skip states text trust-remote-code",
     "families": "json",
     "generate": "compile device dtype exact expert-cache experts match patterns seed skip temperature "
@@ -38,6 +39,7 @@ OPTIONS = {
     "inspect": "bits clamp context device drop dtype fit json length recipe samples set size states time",
     "methods": "json",
     "patterns": "device domain dtype length out recipe samples set trust-remote-code",
+    "report": "out",
     "plan": "bits clamp context drop fit out recipe set size target",
 }
 

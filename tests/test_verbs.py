@@ -26,7 +26,7 @@ from moecule.stats import save_meta
 
 SIDE = {"README.md", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
 OWN = {"config.json", "model.safetensors", "moecule_required.py", "plan.yaml"}
-MADE = {*SIDE, *OWN, "result.json", "stats"}
+MADE = {*SIDE, *OWN, "result.json", "evidence.json", "stats"}
 # as if moecule were not installed
 WITHOUT = """
 import sys
@@ -90,7 +90,9 @@ def test_the_same_command_gives_the_same_bytes(here):
     assert compress(here, "again")[0] == 0
     first, second = (tree(here / o) for o in ("out", "again"))
     assert first.pop("result.json") != second.pop("result.json")  # it holds the time it took
-    assert first == second
+    made = [json.loads(of.pop("evidence.json")) for of in (first, second)]
+    assert made[0].pop("command") != made[1].pop("command")
+    assert made[0] == made[1] and first == second
 
 
 def test_the_same_command_again_does_nothing_anew(here):
