@@ -186,6 +186,20 @@ def rows(found: Comparison) -> list[tuple[str, ...]]:
     return out
 
 
+def readme_table(root: Path) -> str:
+    """The committed results, a folder a model and in it one a method, as README.md has them."""
+    lines = [
+        "| original | method | true bits | size | of the original | added loss | KL | same token |",
+        "|---" * 2 + "|--:" * 6 + "|",
+    ]
+    for model in sorted(p for p in root.iterdir() if p.is_dir()):
+        found = compare(sorted(p.parent for p in model.glob("*/result.json")))
+        for run, row in zip(found.runs, found.table.rows, strict=True):
+            cells = [f"`{run.name}`", *(_plain(row[c]) for c in (4, 2, 3, 1, 6, 8))]
+            lines.append(f"| {' | '.join([model.name, *cells])} |")
+    return "\n".join(lines) + "\n"
+
+
 def text_plot(runs: Sequence[Run]) -> str:
     """Added loss against bytes for a terminal: a letter each, in the table's order."""
     shown = _points(runs)

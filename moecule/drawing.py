@@ -16,6 +16,7 @@ WIDTH, HEIGHT = 400.0, 250.0  # of lines and points
 LEFT, RIGHT, TOP, BOTTOM = 58.0, 14.0, 12.0, 44.0  # margins
 MAP_WIDTH = 880  # that the cells of a heat map take at most, where they can
 LABEL = 28  # left of a heat map
+FIT = 5  # characters that a cell has room for
 MARKS = 24  # points of a line that are marked each
 LETTER = 6.6  # width of a character of a point's name
 
@@ -58,7 +59,7 @@ def heat_map(
     """A cell for every number: class k0 below the first edge, k1 from there, ...; None is `gone`.
 
     A row is a layer, and its key stands left of it. One path holds all cells of a class. `written`:
-    in the cells, where they are wide enough.
+    in the cells, where they are wide enough and it is no power of ten.
     """
     n = max(map(len, rows.values()))
     wide = min(37, max(7, MAP_WIDTH // n))
@@ -102,6 +103,7 @@ def heat_map(
                 f'<text class="in k{0 if v is None else bisect_right(edges, v)}t" '
                 f'x="{LABEL + wide * (x + 0.5):g}" y="{2 + high * (y + 0.5) + 4:g}">{escape(text)}</text>'
                 for x, (v, text) in enumerate(zip(values, written[layer], strict=True))
+                if len(text) <= FIT and "e-" not in text
             ]
     return _svg(named, size, body, "map")
 

@@ -60,7 +60,7 @@ def remains(out: Path, source: Path) -> set[str]:
     ours = {"stats", "plan.yaml", "plan.channels", *(f".{n}" for n in _KILLED)}
     if not (out / "plan.yaml").is_file():
         return ours
-    ours |= {"result.json", EVIDENCE, "README.md", f"{REQUIRED}.py"}
+    ours |= {"result.json", EVIDENCE, "README.md", f"{REQUIRED}.py", "report.html", "report.md"}
     return ours | {file.name for file in side_files(source)}
 
 

@@ -7,6 +7,7 @@ window; the loss is the mean over windows, in nats a token; perplexity = exp(los
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -112,8 +113,12 @@ def speed(model: Any, prompt: Int[Tensor, "one S"]) -> tuple[float, float]:
     return prompt.shape[1] / prefill, SPEED_TOKENS / _timed(model.device, decode)
 
 
+@functools.cache
 def read_rate(device: torch.device) -> float:
-    """Bytes/s at which the device adds up a large tensor: what bounds decoding, which reads weights."""
+    """Bytes/s at which the device adds up a large tensor: what bounds decoding, which reads weights.
+
+    Measured once a process.
+    """
     numbers = torch.ones(RATE_BYTES[device.type] // 4, dtype=torch.float32, device=device)
     numbers.sum()
     best = min(_timed(device, numbers.sum) for _ in range(3))

@@ -5,23 +5,25 @@ from __future__ import annotations
 import json
 import re
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import browser
+import conform
 import pytest
 from test_cli import refused, run
 
-from moecule.compare import compare
+from moecule.compare import compare, readme_table
 from moecule.depth import Depth, Sampled, Skipped
 from moecule.drawing import Named, Point, front, heat_map
 from moecule.errors import DataError
 from moecule.evidence import Evidence, ExpertSums, load_evidence, save_evidence
 from moecule.measure import Loss
 from moecule.plan import Drop, Keep, Merge, Plan, Skip
-from moecule.report import report
+from moecule.report import page_of, report
 from moecule.result import Result, load_result
+from moecule.run import read_run
 
 WIDTHS = (1, 2, 3, 4, 5)
 
@@ -200,23 +202,17 @@ def test_results_and_evidence_come_back_as_they_were(tmp_path):
 
 
 def test_tasks_have_their_errors(tmp_path):
-    out = folder(tmp_path / "one")
-    found = load_result(out / "result.json")
-    assert found.original is not None
-    object.__setattr__(found, "tasks", {"piqa": {"acc": 0.6, "acc_stderr": 0.0123, "n": 100}})
-    object.__setattr__(
-        found.original, "tasks", {"piqa": {"acc": 0.7, "acc_stderr": 0.0122, "n": 100}}
-    )
-    doc = {**asdict(found), "tasks": found.tasks}
-    doc["original"]["tasks"] = found.original.tasks
-    from moecule import report as module
-    from moecule.run import read_run
-
-    one = replace(read_run(out), result=found)
-    (table,) = module._tasks(one).tables
-    assert table.rows == (
-        ("piqa", "acc", "100", "0.7000 +/- 0.0122", "0.6000 +/- 0.0123", "-0.1000"),
-    )
+    one = read_run(folder(tmp_path / "one"))
+    for name, row in {
+        "tasks": {"acc": 0.6, "acc_stderr": 0.0123, "n": 100},
+        "original_tasks": {"acc": 0.7, "acc_stderr": 0.0122, "n": 100},
+        "task_changes": {"acc": -0.1, "acc_stderr": 0.003, "n": 100},
+    }.items():
+        object.__setattr__(one.result, name, {"piqa": row})
+    section = next(s for s in page_of(one, "k").sections if s.title == "Tasks")
+    rows = section.tables[0].rows
+    spread = ("0.7000 +/- 0.0122", "0.6000 +/- 0.0123", "-0.1000 +/- 0.0030")
+    assert rows == (("piqa", *spread, "acc", "100"),)
 
 
 def test_models_are_compared(tmp_path, capsys):
@@ -279,6 +275,10 @@ def test_an_edited_plan_is_not_reported_as_what_was_measured(tmp_path):
 def test_a_report_is_html(tmp_path):
     out = folder(tmp_path / "one")
     assert "name it like report.html" in refused(tmp_path, "report", out, "-o", tmp_path / "a.pdf")
+
+
+def test_the_readme_has_the_results_that_were_committed():
+    assert conform.RESULTS.search(conform.README.read_text())[0] == readme_table(conform.MEASURED)
 
 
 @pytest.fixture(scope="module")
