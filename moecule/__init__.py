@@ -9,6 +9,7 @@ Importing this package registers its checkpoints with transformers:
 """
 
 from moecule import runtime as _runtime  # noqa: F401  registers
+from moecule.compare import compare
 from moecule.compress import Compressed, compress
 from moecule.errors import MoeculeError
 from moecule.evaluate import evaluate
@@ -17,6 +18,7 @@ from moecule.inspect import Inspection, inspect
 from moecule.online import experts_run, set_skip
 from moecule.plan import Drop, Keep, Plan, Skip
 from moecule.recipe import Recipe, load_recipe
+from moecule.report import report
 from moecule.result import Result
 from moecule.session import Compute
 from moecule.taer import patterns
@@ -39,6 +41,7 @@ __all__ = [
     "Skip",
     "apply",
     "calibrate",
+    "compare",
     "compress",
     "evaluate",
     "experts_run",
@@ -48,5 +51,6 @@ __all__ = [
     "patterns",
     "plan",
     "read_plan",
+    "report",
     "set_skip",
 ]

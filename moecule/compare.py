@@ -177,13 +177,20 @@ def _plain(cell: Cell) -> str:
     return cell.text if isinstance(cell, Bar) else cell
 
 
-def rows(found: Comparison) -> list[tuple[str, ...]]:
-    """The head, and a row for each model, in text; the first column is its letter in `text_plot`."""
-    keep = (0, 1, 2, 4, 5, 6, 7, 10)
-    out = [("", *(found.table.head[c] for c in keep))]
-    for k, row in enumerate(found.table.rows):
-        out.append((letter(k), *(_plain(row[c]) for c in keep)))
-    return out
+def text_table(found: Comparison) -> str:
+    """For a terminal; the first column is a model's letter in `text_plot`. Nothing is cut off."""
+    keep = (0, 1, 2, 4, 6, 7, 10)
+    rows = [("", *(found.table.head[c] for c in keep))]
+    rows += [(letter(k), *(_plain(row[c]) for c in keep)) for k, row in enumerate(found.table.rows)]
+    wide = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            text.ljust(w) if c < 2 else text.rjust(w)
+            for c, (text, w) in enumerate(zip(row, wide, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def readme_table(root: Path) -> str:

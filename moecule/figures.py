@@ -76,6 +76,8 @@ def _fates(run: Run, key: str) -> list[Figure]:
         swatches = [(f"k{bisect_right(BIT_EDGES, b)}", _bits(b)) for b in found]
         title = "Bits" if len(found) > 1 or found != [16] else "Experts that stay"
         text = "Code bits a weight that each expert is given."
+        if found == [16]:
+            text = "Which experts stay, as they are, and which are dropped or merged."
         out.append(
             _map(
                 run,

@@ -169,7 +169,7 @@ def compare(
 ) -> None:
     """Show several compressed models beside each other, if they were measured alike."""
     from moecule.compare import compare as run
-    from moecule.compare import rows, text_plot
+    from moecule.compare import text_plot, text_table
     from moecule.report import write_pages
 
     found = run(list(folders))
@@ -178,8 +178,8 @@ def compare(
     if json_:
         print_json([{"folder": str(one.folder), **asdict(one.result)} for one in found.runs])
         return
-    print_table(rows(found))
-    out_console.print(text_plot(found.runs), soft_wrap=True)
+    for text in (text_table(found), text_plot(found.runs)):
+        out_console.print(f"{text}\n", soft_wrap=True, highlight=False)
     if out is not None:
         say(f"{out} has the plots, {out.with_suffix('.md')} the table")
 

@@ -25,7 +25,7 @@ from moecule.verbs import Ask, calibrate, plan
 TEXT = "the cat sat on the mat, and the dog ran up a hill with his red hat. " * 12
 SMALL = ("--samples", "4", "--length", "32")
 JOURNAL = re.compile(r"\..*\.partial$")
-PROGRESS = re.compile(r"(calibrate|apply|evaluate) \d+/\d+$")
+PROGRESS = re.compile(r"(calibrate|apply|evaluate|by layer) \d+/\d+$")
 OPTIONS = {
     "apply": "data device dtype length out samples states trust-remote-code",
     "calibrate": "data device dtype length out recipe samples set states trust-remote-code",

@@ -215,7 +215,7 @@ def test_tasks_have_their_errors(tmp_path):
     assert rows == (("piqa", *spread, "acc", "100"),)
 
 
-def test_models_are_compared(tmp_path, capsys):
+def test_models_are_compared(tmp_path):
     a = folder(tmp_path / "a")
     b = folder(tmp_path / "b", loss=2.6)
     code, out, err = run("compare", a, b, "-o", tmp_path / "compare.html")
@@ -223,6 +223,8 @@ def test_models_are_compared(tmp_path, capsys):
     page = (tmp_path / "compare.html").read_text()
     assert "b *" in page and "a *" not in page and page.count("<svg") == 2
     assert [r.name for r in compare([a, b]).runs] == ["b", "a"]
+    assert re.search(r"^A  b \*  +\+0\.1000 .*^B  a  +\+0\.2500", out, re.MULTILINE | re.DOTALL)
+    assert re.search(r"0\.2500 \|B", out)  # as large as the other
     code, out, err = run("compare", a, b, "--json")
     assert code == 0 and [one["loss_nats"] for one in json.loads(out)] == [2.6, 2.75]
 
