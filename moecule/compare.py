@@ -33,6 +33,10 @@ def compare(folders: Sequence[str | Path]) -> Comparison:
     different ways, saying which."""
     if len(folders) < 2:
         raise DataError("compare wants two folders or more, each of which compress made")
+    return _compared(folders)
+
+
+def _compared(folders: Sequence[str | Path]) -> Comparison:
     runs = read_runs(list(folders))
     why = difference(runs)
     if why is not None:
@@ -200,7 +204,7 @@ def readme_table(root: Path) -> str:
         "|---" * 2 + "|--:" * 6 + "|",
     ]
     for model in sorted(p for p in root.iterdir() if p.is_dir()):
-        found = compare(sorted(p.parent for p in model.glob("*/result.json")))
+        found = _compared(sorted(p.parent for p in model.glob("*/result.json")))
         for run, row in zip(found.runs, found.table.rows, strict=True):
             cells = [f"`{run.name}`", *(_plain(row[c]) for c in (4, 2, 3, 1, 6, 8))]
             lines.append(f"| {' | '.join([model.name, *cells])} |")

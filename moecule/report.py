@@ -91,4 +91,4 @@ def page_of(run: Run, key: str) -> Page:
         f"{run.plan.model}, compressed by {run.recipe}: {r.nominal_bits:.2f} code bits a routed "
         f"expert's weight, {r.bits_per_weight:.2f} with scales, zero points and padding."
     )
-    return Page(run.name, text, tiles(r), sections)
+    return Page(f"{Path(run.plan.model).name}, {run.name}", text, tiles(r), sections)

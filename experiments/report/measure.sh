@@ -35,6 +35,9 @@ one qwen3moe-32m reap --recipe reap --drop 25%
 one qwen3moe-32m uniform --recipe uniform --bits 3
 one qwen3moe-32m mc_paper --recipe mc_paper --bits 2.5
 one qwen3moe-32m frequency --recipe frequency --bits 2.5
-one qwen3moe-32m random --recipe random --bits 2.5
-one qwen3moe-32m heapr --recipe heapr --drop 25%
+for name in ean easy_ep; do # one calibration serves every recipe that drops experts
+  mkdir -p qwen3moe-32m-out/$name
+  cp -r qwen3moe-32m-out/reap/stats qwen3moe-32m-out/$name
+  one qwen3moe-32m $name --recipe $name --drop 25%
+done
 "$here/render.sh"
