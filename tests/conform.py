@@ -41,10 +41,11 @@ METHODS = re.compile(r"^\| method \|.*\n(?:\|.*\n)+", re.MULTILINE)
 
 def write_readme() -> None:
     """Put the tables of families, of methods and of results into README.md."""
-    from moecule import catalogue, compare, listing
+    from moecule import catalogue, listing
+    from moecule.compare import readme_table as results_table
 
     text = TABLE.sub(lambda match: catalogue.readme_table(), README.read_text(), count=1)
-    text = RESULTS.sub(lambda match: compare.readme_table(MEASURED), text, count=1)
+    text = RESULTS.sub(lambda match: results_table(MEASURED), text, count=1)
     README.write_text(METHODS.sub(lambda match: listing.readme_table(), text, count=1))
 
 

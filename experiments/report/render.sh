@@ -3,6 +3,6 @@
 set -e
 cd "$(dirname "$0")"
 for model in qwen3moe-32m mixtral-27m; do
-  python -m moecule report $model/mc -o $model.html
+  ${PYTHON:-python} -m moecule report $model/mc -o $model.html
 done
-python -m moecule compare qwen3moe-32m/* -o compare.html
+${PYTHON:-python} -m moecule compare qwen3moe-32m/* -o compare.html
