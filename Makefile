@@ -18,6 +18,7 @@ demo: $(VENV)/.ready
 	rm -rf demo-out
 	$(BIN)/moecule compress embedded -o demo-out --bits 2.5
 	$(BIN)/moecule generate demo-out "The president said that" --tokens 40
+	$(BIN)/moecule report demo-out -o demo-out/report.html
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .

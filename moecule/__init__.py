@@ -11,6 +11,7 @@ Importing this package registers its checkpoints with transformers:
 from moecule import quick as _quick  # noqa: F401  ends here where no more is needed
 from moecule import runtime as _runtime  # noqa: F401  registers
 from moecule.cloze import cloze
+from moecule.compare import compare
 from moecule.compress import Compressed, compress
 from moecule.errors import MoeculeError
 from moecule.evaluate import evaluate
@@ -21,6 +22,7 @@ from moecule.load import ExpertLoad, expert_load
 from moecule.online import experts_run, set_skip
 from moecule.plan import Drop, Keep, Plan, Skip
 from moecule.recipe import Recipe, load_recipe
+from moecule.report import report
 from moecule.result import Result
 from moecule.session import Compute
 from moecule.suite import Suite
@@ -48,6 +50,7 @@ __all__ = [
     "apply",
     "calibrate",
     "cloze",
+    "compare",
     "compress",
     "evaluate",
     "expert_load",
@@ -59,5 +62,6 @@ __all__ = [
     "patterns",
     "plan",
     "read_plan",
+    "report",
     "set_skip",
 ]

@@ -25,7 +25,8 @@ app = typer.Typer(
 VERBS = (  # as --help lists them
     *(looking.inspect, looking.families, looking.methods, looking.recipes),
     *(making.calibrate, making.plan, making.apply, making.compress, making.export),
-    *(making.cloze, looking.evaluate, making.patterns, looking.generate),
+    *(making.cloze, looking.evaluate, looking.report, looking.compare),
+    *(making.patterns, looking.generate),
 )
 for _verb in VERBS:
     app.command()(hushable(_verb))

@@ -15,6 +15,7 @@ from moecule.apply import check_target, key_of
 from moecule.ask import Ask, foresee
 from moecule.errors import OutputError
 from moecule.evaluate import evaluate
+from moecule.evidence import gather, load_evidence, noting, save_evidence
 from moecule.files import write_text
 from moecule.folder import remains
 from moecule.inventory import take_inventory
@@ -58,8 +59,12 @@ def compress(
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     out = Path(out)
     _check(model, out, chosen, ask, text, compute)
-    with only_one(out, compute.ranks, "compress.lock"):
-        return _compress(model, out, chosen, ask, data, text, compute, progress)
+    with only_one(out, compute.ranks, "compress.lock"), noting() as said:
+        earlier = load_evidence(out) if compute.ranks.is_first else None
+        made = _compress(model, out, chosen, ask, data, text, compute, progress)
+        if compute.ranks.is_first:
+            save_evidence(gather(out, read_plan(out / "plan.yaml"), said, earlier), out)
+    return made
 
 
 def _compress(

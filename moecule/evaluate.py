@@ -10,7 +10,7 @@ import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ import torch
 
 from moecule.batch import Batch, digest, n_predicted, n_tokens, shape_of
 from moecule.data import Sampling
+from moecule.depth import Sampled, by_depth, sample_of
 from moecule.errors import CheckpointError, DataError, PlanError
+from moecule.evidence import command_line, versions
 from moecule.hf import Streamed
-from moecule.inventory import weigh
+from moecule.inventory import step_bytes, weigh
 from moecule.journal import Journal, Trail, journal_of
-from moecule.measure import Loss, batch_sums, device_name, loss_of
-from moecule.online import experts_run
+from moecule.measure import Loss, batch_sums, device_name, loss_of, read_rate
+from moecule.online import experts_run, has_skip
 from moecule.plan import Plan
 from moecule.result import Result, mean_loss
 from moecule.session import (
@@ -84,32 +86,47 @@ def evaluate(
     room = None if memory is None else room_of(memory, context, original, streamed)
     more = wanted(given, room, prepared(_one_by_one(suite, skip), (streamed, original)))
     start = time.perf_counter()
-    with (
-        journal_of(beside, _request(streamed, original, given, compute), compute.ranks)
-        if beside
-        else nullcontext()
-    ) as journal:
+    with _noting(beside, streamed, original, given, compute) as journal:
         by_file = _losses(streamed, original, given, compute, progress, journal)
     seconds = {"evaluate": round(time.perf_counter() - start, 2)}
     longest = max(shape_of(of)[1] for of in given.values())
-    names = (str(model), None if against is None else str(against))
     timed = ticker(progress, "speed", 1 if against is None else 2)
-    if against is None or original is None:
-        whole = measure_whole(model, streamed, more, compute, progress, "tasks", skip=skip)
+
+    def measured(
+        of: Streamed, name: Any, losses: Mapping[str, Loss], what: str, **how: bool
+    ) -> Any:
+        whole = measure_whole(name, of, more, compute, progress, what, **how)
         timed()
-        after = _result(streamed, by_file, longest, names, whole, seconds)
-        return None, replace(after, **of_tasks(None, whole, more.tasks))
-    theirs = {name: _of_original(r) for name, r in by_file.items()}
-    first = measure_whole(against, original, more, compute, progress, "tasks of the original")
-    timed()
-    before = _result(original, theirs, longest, (str(against), None), first, {})
-    whole = measure_whole(model, streamed, more, compute, progress, "tasks", skip=skip)
-    timed()
-    after = _result(streamed, by_file, longest, names, whole, seconds)
-    return (
-        replace(before, **of_tasks(None, first, more.tasks)),
-        replace(after, **of_tasks(first, whole, more.tasks)),
-    )
+        beside = against if of is streamed else None
+        names = (str(name), None if beside is None else str(beside))
+        return whole, _result(of, losses, longest, names, whole)
+
+    first: Whole | None = None
+    if original is not None:
+        theirs = {name: _of_original(r) for name, r in by_file.items()}
+        first, before = measured(original, against, theirs, "tasks of the original")
+    whole, after = measured(streamed, model, by_file, "tasks", skip=skip)
+    digests = {name: digest(of) for name, of in given.items()}
+    asked = of_tasks(first, whole, more.tasks)
+    after = replace(after, seconds=seconds, text_digests=digests, **asked)
+    if first is None or original is None:
+        return None, after
+    before = replace(before, **of_tasks(None, first, more.tasks))
+    sampled = _sampled(model, streamed, original, given, compute, progress, skip=skip)
+    return before, replace(after, sampled=sampled, original=before)
+
+
+def _noting(
+    beside: Path | None,
+    streamed: Streamed,
+    original: Streamed | None,
+    given: Mapping[str, list[Batch]],
+    compute: Compute,
+) -> AbstractContextManager[Journal | None]:
+    """The journal beside that name, if there is one."""
+    if beside is None:
+        return nullcontext()
+    return journal_of(beside, _request(streamed, original, given, compute), compute.ranks)
 
 
 def _of_original(loss: Loss) -> Loss:
@@ -193,6 +210,28 @@ def _losses(
     }
 
 
+def _sampled(
+    model: str | Path,
+    streamed: Streamed,
+    original: Streamed,
+    given: Mapping[str, list[Batch]],
+    compute: Compute,
+    progress: Progress,
+    *,
+    skip: bool,
+) -> Sampled | None:
+    """By layer; of the first process alone. Layers are read once more for it, and none is kept."""
+    if not compute.ranks.is_first:
+        return None
+    skipping = None
+    if has_skip(streamed.model):
+        skipping = stream_any(model, compute, skip=True)
+    plain = stream_any(model, compute) if skip else streamed
+    models = 2 + (skipping is not None)
+    tick = ticker(progress, "by layer", models * len(streamed.layers))
+    return by_depth(plain, original, sample_of(given, len(streamed.layers)), tick, skipping)
+
+
 def _plan_digest(path: Path) -> str | None:
     file = path / "plan.yaml"
     try:
@@ -215,7 +254,6 @@ def _result(
     window: int,
     names: tuple[str, str | None],
     whole: Whole,
-    seconds: Mapping[str, float],
 ) -> Result:
     means = mean_loss(by_file)
     loss = means["loss_nats"]
@@ -241,7 +279,11 @@ def _result(
         throughput=whole.throughput,
         device=device_name(streamed.device),
         dtype=str(streamed.model.dtype).removeprefix("torch."),
-        seconds=seconds,
         plan_digest=_plan_digest(streamed.checkpoint.path),
+        digest=streamed.checkpoint.digest,
+        step_bytes=step_bytes(streamed),
+        read_bytes_per_s=read_rate(streamed.device),
+        command=command_line(),
+        versions=versions(),
         **weigh(streamed.checkpoint),
     )

@@ -13,6 +13,7 @@ from moecule import runtime
 from moecule.apply import Applied, is_stock
 from moecule.checkpoint import INDEX, Checkpoint
 from moecule.errors import CheckpointError
+from moecule.evidence import FILE as EVIDENCE
 from moecule.family import TOP_K_KEYS, Family, text_part
 from moecule.files import write_text, writing
 from moecule.hf import auto_name
@@ -29,7 +30,10 @@ from moecule.runtime import MoeculeConfig, MoeculeForCausalLM
 
 def side_files(source: Path) -> list[Path]:
     """Tokenizer, generation settings, chat template, licence: all but weights and config."""
-    kinds, ours = (".json", ".jinja", ".model", ".txt"), ("config.json", INDEX, "result.json")
+    kinds, ours = (
+        (".json", ".jinja", ".model", ".txt"),
+        ("config.json", INDEX, "result.json", EVIDENCE),
+    )
     return [
         file
         for file in sorted(source.iterdir())
@@ -43,6 +47,7 @@ def side_files(source: Path) -> list[Path]:
 _KILLED = (
     *("stats.partial", "stats.lock", "losses.partial", "losses.lock"),
     *("plan.yaml.partial", "plan.channels.partial", "result.json.partial"),
+    f"{EVIDENCE}.partial",
 )
 
 
@@ -55,7 +60,7 @@ def remains(out: Path, source: Path) -> set[str]:
     ours = {"stats", "plan.yaml", "plan.channels", *(f".{n}" for n in _KILLED)}
     if not (out / "plan.yaml").is_file():
         return ours
-    ours |= {"result.json", "README.md", f"{REQUIRED}.py"}
+    ours |= {"result.json", EVIDENCE, "README.md", f"{REQUIRED}.py", "report.html", "report.md"}
     return ours | {file.name for file in side_files(source)}
 
 
@@ -100,8 +105,11 @@ def write_config(
     else:
         config |= _packed_config(source, plan, done)
         write_text(folder / f"{REQUIRED}.py", REQUIRED_CODE)
-    if made_of is not None:
-        config["moecule"] = {**config.get("moecule", {}), "made_of": dict(made_of)}
+    noted = {} if made_of is None else {"made_of": dict(made_of)}
+    if done.starved:
+        noted["starved"] = {str(i): ids for i, ids in sorted(done.starved.items())}
+    if noted:
+        config["moecule"] = {**config.get("moecule", {}), **noted}
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     for file in side_files(source.path):
         with writing(folder / file.name):

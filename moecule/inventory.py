@@ -152,6 +152,26 @@ def weigh(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
+def step_bytes(streamed: Streamed) -> float:
+    """Bytes of parameters, as loaded, that decoding a token reads: of experts as many as are picked.
+
+    Experts count by their layer's mean; an embedding counts where it is the head too.
+    """
+    model, family, total = streamed.model, streamed.family, 0.0
+    moes = [find_moe(layer, family) for layer in find_layers(model)[1]]
+    shares = [1.0 if m is None else m.top_k / m.experts.num_experts for m in moes]
+    prefix = f"{find_layers(model)[0]}."
+    head, looked_up = model.get_output_embeddings(), model.get_input_embeddings().weight
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor is looked_up and (head is None or head.weight is not looked_up):
+            continue
+        share = 1.0
+        if part_of_tensor(name, model, family) == "experts":
+            share = shares[int(name.removeprefix(prefix).partition(".")[0])]
+        total += share * tensor.numel() * tensor.element_size()
+    return total
+
+
 def _saved(checkpoint: Checkpoint, names: list[str]) -> int:
     """Code bits by which tensors of a source are narrower than 16."""
     tensors = [checkpoint.tensors[n] for n in names]

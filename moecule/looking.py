@@ -225,6 +225,43 @@ def evaluate(
         write_text(Path(model) / "result.json", after.dumps())
 
 
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(help="What compress made; several are compared first.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The HTML file.")] = Path("report.html"),
+) -> None:
+    """Write one HTML file, and Markdown beside it: what was done to a model, and what it cost."""
+    from moecule.report import report as run
+
+    html, markdown = run(list(folders), out)
+    say(f"{html} opens in a browser, from disk; {markdown} is the same for a model card")
+
+
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="What compress made: two or more.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="An HTML file with the plots, too.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Show several compressed models beside each other, if they were measured alike."""
+    from moecule.compare import compare as run
+    from moecule.compare import text_plot, text_table
+    from moecule.report import write_pages
+
+    found = run(list(folders))
+    if out is not None:
+        write_pages([found.page], out)
+    if json_:
+        print_json([{"folder": str(one.folder), **asdict(one.result)} for one in found.runs])
+        return
+    for text in (text_table(found), text_plot(found.runs)):
+        say(f"{text}\n")
+    if out is not None:
+        say(f"{out} has the plots, {out.with_suffix('.md')} the table")
+
+
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="What to go on from, or to answer.")],

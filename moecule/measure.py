@@ -7,6 +7,7 @@ window; the loss is the mean over windows, in nats a token; perplexity = exp(los
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import time
@@ -25,6 +26,7 @@ from moecule.hf import Streamed
 
 SPEED_TOKENS = 32  # decoded one by one for the speed figure
 PASS_TOKENS = 2048  # of prompts that pass together, where many sequences do
+RATE_BYTES = {"cuda": 2**28, "cpu": 2**27}  # read for the rate: more than most caches hold
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,18 @@ def decode_rate(model: Any, tokens: Int[Tensor, "N S"]) -> float:
         raise RecipeError(
             f"the device has no room for what {n} sequences compute; give --memory less"
         ) from e
+
+
+@functools.cache
+def read_rate(device: torch.device) -> float:
+    """Bytes/s at which the device adds up a large tensor: what bounds decoding, which reads weights.
+
+    Measured once a process.
+    """
+    numbers = torch.ones(RATE_BYTES[device.type] // 4, dtype=torch.float32, device=device)
+    numbers.sum()
+    best = min(_timed(device, numbers.sum) for _ in range(3))
+    return RATE_BYTES[device.type] / best
 
 
 def _timed(device: torch.device, work: Callable[[], Any]) -> float:

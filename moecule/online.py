@@ -31,10 +31,10 @@ class Switch:
     """One for the whole model."""
 
     on: bool = False
-    # pairs that ran, and all pairs, since it was switched on; counted in place, as CUDA graphs can
-    # (attached while a model is on meta, where nothing can be counted)
-    counts: Int[Tensor, " two"] = field(
-        default_factory=lambda: torch.zeros(2, dtype=torch.int64, device="cpu")
+    # of each layer: pairs that ran, and all pairs, since it was switched on; counted in place, as CUDA
+    # graphs can (attached while a model is on meta, where nothing can be counted)
+    counts: Int[Tensor, "L two"] = field(
+        default_factory=lambda: torch.zeros(0, 2, dtype=torch.int64, device="cpu")
     )
 
 
@@ -43,6 +43,7 @@ class LayerSkip:
     """The rule of one layer, and the attention its tokens have just received."""
 
     switch: Switch
+    index: int  # of the layer
     thresholds: tuple[float, ...]
     protect: float
     renormalised: bool
@@ -65,7 +66,7 @@ class LayerSkip:
             protected = odp.protected_tokens(by_sequence, received, valid, self.protect).flatten()
             self.received = None
         run = odp.kept(coef, self.thresholds, protected)
-        counts = self.switch.counts
+        counts = self.switch.counts[self.index]
         counts[0].add_(run.sum().to(counts.device))
         counts[1].add_(run.numel())
         return idx.masked_fill(~run, nobody), odp.rescaled(coef, run, self.renormalised)
@@ -84,7 +85,8 @@ def attach(model: Any, family: Family, settings: dict[str, Any]) -> None:
         top_k = moe.top_k
         if limits and len(limits) != top_k - 1:
             raise PlanError(f"skip: layer {i} has {len(limits)} thresholds, wanted {top_k - 1}")
-        rule = LayerSkip(switch, limits or (0.0,) * (top_k - 1), settings["protect"], renormalised)
+        limit = limits or (0.0,) * (top_k - 1)
+        rule = LayerSkip(switch, i, limit, settings["protect"], renormalised)
         moe.experts.skip = rule
         for module in layer.modules():
             if "layer_idx" in vars(module) and limits and settings["protect"] > 0:
@@ -102,7 +104,8 @@ def set_skip(model: Any, on: bool) -> None:
         raise PlanError(
             "this checkpoint has no skip rule; compress with a recipe that has a [skip] table"
         )
-    switch.on, switch.counts = on, torch.zeros(2, dtype=torch.int64, device=model.device)
+    zeros = torch.zeros(len(find_layers(model)[1]), 2, dtype=torch.int64, device=model.device)
+    switch.on, switch.counts = on, zeros
     torch._dynamo.mark_static_address(switch.counts)
     name = model.config._attn_implementation or "eager"
     if on and not name.startswith(PREFIX):
@@ -112,11 +115,23 @@ def set_skip(model: Any, on: bool) -> None:
         model.config._attn_implementation = name.removeprefix(PREFIX)
 
 
+def has_skip(model: Any) -> bool:
+    """Whether a rule was saved in it."""
+    return "moecule_switch" in vars(model)
+
+
 def experts_run(model: Any) -> float:
     """Share of the (token, expert) pairs that ran since skipping was switched on; 1 without."""
     switch = vars(model).get("moecule_switch")
-    ran, all_pairs = (0, 0) if switch is None else switch.counts.tolist()
+    ran, all_pairs = (0, 0) if switch is None else switch.counts.sum(0).tolist()
     return ran / all_pairs if all_pairs else 1.0
+
+
+def experts_run_by_layer(model: Any) -> dict[int, float]:
+    """The same of each layer in which there were pairs; {} without skipping."""
+    switch = vars(model).get("moecule_switch")
+    counts = [] if switch is None else switch.counts.tolist()
+    return {i: ran / all_pairs for i, (ran, all_pairs) in enumerate(counts) if all_pairs}
 
 
 def _wrap(name: str) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from moecule.budget import format_size
+from moecule.depth import Depth, Sampled, Skipped
 from moecule.errors import DataError
+from moecule.files import parse_json
 from moecule.measure import Loss, Throughput
 
 
@@ -50,6 +52,16 @@ class Result:
     suite: Mapping[str, Any] = field(default_factory=dict)  # what was asked, and by what
     throughput: Throughput | None = None
     original_throughput: Throughput | None = None
+    digest: str | None = None  # of the checkpoint
+    text_digests: Mapping[str, str] = field(default_factory=dict)  # of the tokens, by file
+    step_bytes: float | None = (
+        None  # that decoding a token must read: an average expert's, as loaded
+    )
+    read_bytes_per_s: float | None = None  # at which the device reads a large tensor
+    sampled: Sampled | None = None  # by layer, on a sample of the text
+    command: str | None = None  # that measured it; None where a function was called
+    versions: Mapping[str, str] = field(default_factory=dict)
+    original: Result | None = None  # measured beside it
 
     def dumps(self) -> str:
         """As JSON."""
@@ -170,11 +182,29 @@ def _row(
 def load_result(path: Path) -> Result:
     """The result that was written. Raises DataError where it is damaged."""
     try:
-        doc = json.loads(path.read_text())
-        doc["by_file"] = {k: Loss(**v) for k, v in doc["by_file"].items()}
-        for name in ("throughput", "original_throughput"):
-            if doc.get(name) is not None:
-                doc[name] = Throughput(**doc[name])
-        return Result(**doc)
-    except (OSError, ValueError, TypeError, KeyError) as e:
-        raise DataError(f"{path} is no result of moecule evaluate ({e}); evaluate again") from e
+        return _result(parse_json(path.read_text()))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+        raise DataError(
+            f"{path} is no result of moecule evaluate ({' '.join(str(e).split())}); evaluate again"
+        ) from e
+
+
+def _result(doc: dict[str, Any]) -> Result:
+    doc["by_file"] = {k: Loss(**v) for k, v in doc["by_file"].items()}
+    for name in ("throughput", "original_throughput"):
+        if doc.get(name) is not None:
+            doc[name] = Throughput(**doc[name])
+    if doc.get("sampled"):
+        doc["sampled"] = _sampled(doc["sampled"])
+    if doc.get("original"):
+        doc["original"] = _result(doc["original"])
+    return Result(**doc)
+
+
+def _sampled(doc: dict[str, Any]) -> Sampled:
+    depths = tuple(Depth(**depth) for depth in doc["depths"])
+    skip = doc.get("skipped")
+    if skip:
+        run = {int(i): share for i, share in skip["experts_run"].items()}
+        skip = Skipped(**{**skip, "experts_run": run})
+    return Sampled(**{**doc, "depths": depths, "skipped": skip})

@@ -20,6 +20,7 @@ from moecule.budget import Inventory
 from moecule.calibrate import collect, countable
 from moecule.data import Sampling
 from moecule.errors import CheckpointError, DataError, OutputError, RecipeError
+from moecule.evidence import FILE as EVIDENCE
 from moecule.folder import made_of, remains, write_config
 from moecule.hf import Streamed
 from moecule.inventory import take_inventory
@@ -309,7 +310,8 @@ def apply(
                 _verify(streamed, done, probed, made, probe)
                 check()
         if ranks.is_first:
-            (out / "result.json").unlink(missing_ok=True)  # of what lay there before
+            for file in ("result.json", EVIDENCE):  # of what lay there before
+                (out / file).unlink(missing_ok=True)
         _put_in_place(journal, out)
     return out
 

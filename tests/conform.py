@@ -1,7 +1,7 @@
 """Run the laws over every family and write what was found to moecule/families.json.
 
 python tests/conform.py              some minutes; after a change of a family or of transformers
-python tests/conform.py --readme     the tables of README.md anew, of families and of methods
+python tests/conform.py --readme     the tables of README.md anew: families, methods, results
 """
 
 from __future__ import annotations
@@ -34,14 +34,18 @@ class Outcomes:
 
 README = HERE.parent / "README.md"
 TABLE = re.compile(r"^\| families \| \|\n(?:\|.*\n)+", re.MULTILINE)
+RESULTS = re.compile(r"^\| original \| method \|.*\n(?:\|.*\n)+", re.MULTILINE)
+MEASURED = HERE.parent / "experiments" / "report"  # a folder a model, and in it one a method
 METHODS = re.compile(r"^\| method \|.*\n(?:\|.*\n)+", re.MULTILINE)
 
 
 def write_readme() -> None:
-    """Put the tables of families and of methods into README.md."""
+    """Put the tables of families, of methods and of results into README.md."""
     from moecule import catalogue, listing
+    from moecule.compare import readme_table as results_table
 
     text = TABLE.sub(lambda match: catalogue.readme_table(), README.read_text(), count=1)
+    text = RESULTS.sub(lambda match: results_table(MEASURED), text, count=1)
     README.write_text(METHODS.sub(lambda match: listing.readme_table(), text, count=1))
 
 

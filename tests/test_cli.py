@@ -25,26 +25,30 @@ from moecule.verbs import Ask, calibrate, plan
 TEXT = "the cat sat on the mat, and the dog ran up a hill with his red hat. " * 12
 SMALL = ("--samples", "4", "--length", "32")
 JOURNAL = re.compile(r"\..*\.partial$")
-PROGRESS = re.compile(r"(calibrate|apply|check|evaluate|speed|listen) \d+/\d+( layers)?, .*host ")
+PROGRESS = re.compile(
+    r"(calibrate|apply|check|evaluate|speed|listen|by layer) \d+/\d+( layers)?, .*host "
+)
 OPTIONS = {
     "apply": "data device dtype json length out quiet samples states trust-remote-code",
-    "calibrate": "data device dtype json length out quiet recipe samples set states trust- "
-    "remote-code",
-    "cloze": "items out seed",
+    "calibrate": "data device dtype json length out quiet recipe samples set states "
+    "trust-remote-code",
+    "cloze": "items out quiet seed",
+    "compare": "json out quiet",
     "compress": "bits clamp context data device drop dtype fit json length out quiet recipe "
     "samples set size states target text trust-remote-code",
     "evaluate": "against context device dtype json length limit memory quiet shots skip "
     "states task-dir tasks text trust-remote-code",
-    "export": "json out to type",
+    "export": "json out quiet to type",
     "families": "json quiet",
     "generate": "compile device dtype exact expert-cache experts json match patterns quiet "
     "seed skip temperature tokens trust-remote-code",
     "inspect": "bits cache-experts clamp context data device drop dtype engine fit gpus json "
     "length load out quiet recipe replicas samples set size states time",
     "methods": "json quiet",
-    "patterns": "device domain dtype json length out quiet recipe samples set trust-remote- code",
+    "patterns": "device domain dtype json length out quiet recipe samples set trust-remote-code",
     "plan": "bits clamp context drop fit json out quiet recipe set size target",
     "recipes": "json quiet",
+    "report": "out quiet",
 }
 
 

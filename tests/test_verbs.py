@@ -20,13 +20,15 @@ from test_cli import SMALL, TEXT, refused, run, tree
 
 import moecule
 from moecule.budget import Inventory, bytes_by_part
+from moecule.evidence import load_evidence
 from moecule.plan import Drop, Keep
 from moecule.recipe import load_recipe
+from moecule.result import load_result
 from moecule.stats import save_meta
 
 SIDE = {"README.md", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
 OWN = {"config.json", "model.safetensors", "moecule_required.py", "plan.yaml"}
-MADE = {*SIDE, *OWN, "result.json", "stats"}
+MADE = {*SIDE, *OWN, "result.json", "evidence.json", "stats"}
 # as if moecule were not installed
 WITHOUT = """
 import sys
@@ -84,13 +86,26 @@ def test_compress_leaves_a_folder_that_says_all_of_itself(place):
     assert json.loads((out / "config.json").read_text())["model_type"] == "moecule"
     layers = {f"layer_{i:04d}.safetensors" for i in range(3)}
     assert {p.name for p in (out / "stats").iterdir()} == {*layers, "meta.json"}
+    seen, result = load_evidence(out), load_result(out / "result.json")
+    typed = "moecule compress model -o out --data text.txt --text text.txt --samples 4 --length 32"
+    assert seen is not None and seen.command == f"{typed} --bits 2.5"
+    assert all(sum(of.count) == seen.tokens * 2 for of in seen.experts.values())  # top-2
+    assert result.sampled is not None and [d.layer for d in result.sampled.depths] == [0, 1, 2]
+    assert result.sampled.skipped is not None and set(result.sampled.skipped.experts_run) == {
+        0,
+        1,
+        2,
+    }
+    assert result.original is not None and result.original.size_bytes > result.size_bytes
 
 
 def test_the_same_command_gives_the_same_bytes(here):
     assert compress(here, "again")[0] == 0
     first, second = (tree(here / o) for o in ("out", "again"))
     assert first.pop("result.json") != second.pop("result.json")  # it holds the time it took
-    assert first == second
+    made = [json.loads(of.pop("evidence.json")) for of in (first, second)]
+    assert made[0].pop("command") != made[1].pop("command")
+    assert made[0] == made[1] and first == second
 
 
 def test_the_same_command_again_does_nothing_anew(here):

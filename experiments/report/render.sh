@@ -1,0 +1,8 @@
+#!/bin/sh
+# The reports and the comparison anew, from the result.json, plan.yaml and evidence.json beside this.
+set -e
+cd "$(dirname "$0")"
+for model in qwen3moe-32m mixtral-27m; do
+  ${PYTHON:-python} -m moecule report $model/mc -o $model.html
+done
+${PYTHON:-python} -m moecule compare qwen3moe-32m/* -o compare.html
