@@ -152,6 +152,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     },
     "pairs": {
         "output_type": "multiple_choice",
+        "target_delimiter": " ",  # as in the harness' own BLiMP
         "doc_to_choice": "choices",
         "doc_to_target": "gold",
         "metric_list": _metrics(acc=True),
