@@ -119,7 +119,9 @@ def _of_file(file: TaskFile, name: str, kind: str, shots: int) -> Any:
 def _task(name: str, records: Sequence[Any], kind: str, digest: str, shots: int) -> Any:
     """As the harness would read it from a YAML file. The first records are the solved ones."""
     if len(records) <= shots:
-        raise RecipeError(f"{name} has {len(records)} items, {shots} are to be solved before each")
+        raise RecipeError(
+            f"{name} has {len(records)} items, {shots} are to be solved before each; give fewer"
+        )
     docs = asked(records, kind)
     table = InMemoryTable.from_pylist(docs[shots:])
     config = {

@@ -122,8 +122,9 @@ def _gguf(contents: Contents, made: Path, types: Sequence[str], progress: Progre
     changes = gguf_file.write(contents, made / GGUF, gguf_file.types_of(types), tick)
     if not llama.is_there():
         return changes, "read again by gguf; llama-cpp-python is not installed, so not run", None
-    progress("run by llama.cpp", 0, 1, 0)
+    tick = ticker(progress, "run by llama.cpp", 1)
     kl = _compared(contents, changes, lambda ids: llama.run_file(made / GGUF, ids))
+    tick()
     ran = "run by llama.cpp" if kl is not None else "too large to run here"
     return changes, f"read again by gguf, {ran}", kl
 
@@ -160,8 +161,9 @@ def _by_transformers(
     run = stock.logits_in_a_process if alone else stock.logits_by_transformers
     if importlib.util.find_spec(package) is None:
         return changes, f"{package} is not installed, so not opened", None
-    progress("run by transformers", 0, 1, 0)
+    tick = ticker(progress, "run by transformers", 1)
     kl = _compared(contents, changes, partial(run, made))
+    tick()
     ran = "opened and run" if kl is not None else "too large to open"
     having = "" if package == "transformers" else f" with {package}"
     return changes, f"{ran} by transformers{having}", kl
@@ -200,7 +202,7 @@ def _compared(
     kl = float((p.exp() * (p - q)).sum(-1).mean())
     if not kl <= (MOST_KL if max(c.error for c in changes) <= SAME else float("inf")):
         raise VerifyError(
-            f"{model}: what was written computes something else there: KL {kl:.3g} nats"
+            f"{model}: what was written computes something else there: KL {kl:.3g} nats; report it"
         )
     return kl
 

@@ -25,7 +25,8 @@ ERROR = re.compile(
 )
 # after a semicolon, what to do; or what is wanted, what there is, how far one may go
 NEXT = re.compile(
-    r"; |want(s|ed) |those that|the (least|most) |known are|there are|\bgive |use |: \{e\}.\)$"
+    r"; |want(s|ed) |those that|the (least|most) |known are|there are|\bgive |use |pip install|"
+    r"runs with moecule alone|: \{e\}.\)$"
 )
 
 

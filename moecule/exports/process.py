@@ -23,5 +23,5 @@ def logits_of(command: Sequence[str], ids: list[int], who: str) -> Float[Tensor,
         run = subprocess.run([*command, str(given), str(made)], capture_output=True, text=True)
         if run.returncode != 0:
             line = next(reversed(run.stderr.strip().splitlines()), "no output")
-            raise VerifyError(f"{who} does not run what was written: {line}")
+            raise VerifyError(f"{who} does not run what was written: {line}; report it")
         return torch.from_numpy(np.load(made))

@@ -113,11 +113,11 @@ def logits_by_transformers(made: Path, ids: list[int]) -> Float[Tensor, "S V"]:
             )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as e:
         line = next(iter(str(e).splitlines()), type(e).__name__)
-        raise VerifyError(f"transformers does not load what was written: {line}") from e
+        raise VerifyError(f"transformers does not load what was written: {line}; report it") from e
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if told[what]:
             said = ", ".join(sorted(map(str, told[what]))[:2])
-            raise VerifyError(f"transformers loads what was written with {what}: {said}")
+            raise VerifyError(f"transformers loads what was written with {what}: {said}; report it")
     with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
         logits: Tensor = model.eval()(torch.tensor([ids])).logits[0].float()
     return logits
