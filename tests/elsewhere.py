@@ -23,6 +23,7 @@ EXTRAS = (
     "compressed_tensors",
     "datasets",
     "gguf",
+    "llama_cpp",
     "lm_eval",
 )  # which modules may need that are not there
 NOT_IN_OS = ("fork", "getuid", "posix_fadvise", "register_at_fork", "sched_getaffinity")
