@@ -7,6 +7,7 @@ have builds of their own there, are imported before.
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import json
 import os
@@ -18,6 +19,13 @@ from pathlib import Path
 from typing import Any
 
 GONE = ("fcntl", "grp", "pwd", "resource", "termios", "triton", "tty")
+EXTRAS = (
+    "compressed_tensors",
+    "datasets",
+    "gguf",
+    "llama_cpp",
+    "lm_eval",
+)  # which modules may need that are not there
 NOT_IN_OS = ("fork", "getuid", "posix_fadvise", "register_at_fork", "sched_getaffinity")
 
 
@@ -38,7 +46,8 @@ def import_libraries() -> None:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
             if names and names[0].partition(".")[0] not in ("moecule", "__future__", *GONE):
-                exec(compile(ast.Module([node], []), str(file), "exec"), {})
+                with contextlib.suppress(ModuleNotFoundError):  # of an extra
+                    exec(compile(ast.Module([node], []), str(file), "exec"), {})
 
 
 def leave() -> list[tuple[int, int, int]]:
@@ -71,8 +80,9 @@ def main(folder: Path) -> dict[str, Any]:
         try:
             importlib.import_module(found.name)
         except ModuleNotFoundError as e:
-            assert e.name == "triton", e
-            needs_triton.append(found.name)
+            assert e.name in ("triton", *EXTRAS), e
+            if e.name == "triton":
+                needs_triton.append(found.name)
     from moecule.journal import only_one
     from moecule.states import free_host_bytes, give_back
 
