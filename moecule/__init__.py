@@ -28,8 +28,7 @@ from moecule.session import Compute
 from moecule.suite import Suite
 from moecule.taer import patterns
 from moecule.verbs import Ask, apply, calibrate, plan, read_plan
-
-__version__ = "0.1.0"
+from moecule.version import VERSION as __version__  # noqa: F401, N811
 
 __all__ = [
     "Ask",

@@ -89,7 +89,6 @@ def evaluate(
     with _noting(beside, streamed, original, given, compute) as journal:
         by_file = _losses(streamed, original, given, compute, progress, journal)
     seconds = {"evaluate": round(time.perf_counter() - start, 2)}
-    longest = max(shape_of(of)[1] for of in given.values())
     timed = ticker(progress, "speed", 1 if against is None else 2)
 
     def measured(
@@ -97,18 +96,14 @@ def evaluate(
     ) -> Any:
         whole = measure_whole(name, of, more, compute, progress, what, **how)
         timed()
-        beside = against if of is streamed else None
-        names = (str(name), None if beside is None else str(beside))
-        return whole, _result(of, losses, longest, names, whole)
+        return whole, _result(of, losses, given, name, against if of is streamed else None, whole)
 
     first: Whole | None = None
     if original is not None:
         theirs = {name: _of_original(r) for name, r in by_file.items()}
         first, before = measured(original, against, theirs, "tasks of the original")
     whole, after = measured(streamed, model, by_file, "tasks", skip=skip)
-    digests = {name: digest(of) for name, of in given.items()}
-    asked = of_tasks(first, whole, more.tasks)
-    after = replace(after, seconds=seconds, text_digests=digests, **asked)
+    after = replace(after, seconds=seconds, **of_tasks(first, whole, more.tasks))
     if first is None or original is None:
         return None, after
     before = replace(before, **of_tasks(None, first, more.tasks))
@@ -251,8 +246,9 @@ def _check_vocabularies(model: Streamed, original: Streamed | None, against: Any
 def _result(
     streamed: Streamed,
     by_file: Mapping[str, Loss],
-    window: int,
-    names: tuple[str, str | None],
+    given: Mapping[str, list[Batch]],
+    model: str | Path,
+    against: str | Path | None,
     whole: Whole,
 ) -> Result:
     means = mean_loss(by_file)
@@ -263,15 +259,16 @@ def _result(
             f"a loss of {loss:.3g} nats a token; the checkpoint is damaged, fetch it or make it again"
         )
     return Result(
-        model=names[0],
-        against=names[1],
+        model=str(model),
+        against=None if against is None else str(against),
         loss_nats=loss,
         perplexity=math.exp(loss),
         kl_nats=means["kl_nats"],
         top1_agreement=means["top1_agreement"],
         original_loss_nats=means["original_loss_nats"],
         by_file=by_file,
-        window=window,
+        window=max(shape_of(of)[1] for of in given.values()),
+        text_digests={name: digest(of) for name, of in given.items()},
         memory_bytes=memory_bytes(streamed),
         experts_run=experts_run(streamed.model),
         prefill_tokens_per_s=whole.prefill_tokens_per_s,

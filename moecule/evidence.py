@@ -24,9 +24,10 @@ from moecule.errors import DataError
 from moecule.files import parse_json, write_text
 from moecule.plan import Plan
 from moecule.stats import COEF, COUNT, MASS, SOFT, load_stats
+from moecule.version import VERSION
 
 FILE = "evidence.json"
-PACKAGES = ("moecule", "torch", "transformers", "safetensors", "numpy")
+PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 DIGITS = 5  # of sums; a report shows fewer
 TRIAL = re.compile(r"trial_([a-z]+)_[a-z]+_b(\d+)_g(\d+)")
 
@@ -71,6 +72,7 @@ def versions() -> dict[str, str]:
     """Of what the figures depend on."""
     return {
         "python": platform.python_version(),
+        "moecule": VERSION,  # also where it is not installed
         **{p: version(p) for p in PACKAGES},
         "platform": f"{platform.system()} {platform.machine()}",
     }

@@ -151,6 +151,7 @@ def test_an_error_of_many_lines_is_put_on_one(monkeypatch, capsys):
         raise OSError("the disk\n  is [bold]full\n")
 
     monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(sys, "argv", ["moecule", "inspect"])
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     with pytest.raises(SystemExit, match="2"):
         cli.main()
@@ -159,6 +160,7 @@ def test_an_error_of_many_lines_is_put_on_one(monkeypatch, capsys):
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(cli, "app", lambda: [][0])
+    monkeypatch.setattr(sys, "argv", ["moecule", "inspect"])
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     with pytest.raises(IndexError):
         cli.main()

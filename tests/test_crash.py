@@ -90,7 +90,7 @@ def compress_here(here: Path) -> None:
 def results(place) -> tuple[Result, Result]:
     """What evaluate says of a model."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "speed", lambda *args: (1.0, 1.0))  # takes seconds
+        patch.setattr("moecule.whole.speed", lambda *args: (1.0, 1.0))  # takes seconds
         patch.setattr(verbs, "verify", lambda *args: 0.0)
         apply(place)
         text = [place / "text.txt"]
@@ -290,7 +290,7 @@ def test_what_has_been_checked_is_not_checked_again(here, monkeypatch):
 @pytest.fixture
 def timeless(monkeypatch) -> None:
     """compress evaluates, and says nothing of speed, memory and time."""
-    monkeypatch.setattr(evaluation, "_speed", lambda *args, **how: (None, None))
+    monkeypatch.setattr("moecule.whole.speed", lambda *args, **how: (None, None))
     monkeypatch.setattr(evaluation, "time", SimpleNamespace(perf_counter=lambda: 0.0))
     monkeypatch.setattr(compress, "_since", lambda start: 0.0)
     monkeypatch.setattr(compress, "peak_memory", dict)
@@ -364,7 +364,7 @@ def test_the_losses_of_another_request_are_thrown_away(here, monkeypatch, timele
     assert content(partial_of(here / "losses")) == kept
     stopped.n = -100
     assert evaluate(other, beside=here / "losses") == wanted
-    assert stopped.n == -100 + 2 * LAYERS
+    assert stopped.n == -100 + 4 * LAYERS  # for the losses, and for the sample by layer
 
 
 def killed(here: Path, verb: str = "calibrate", lines: int = 3) -> dict[str, object]:
