@@ -65,7 +65,7 @@ def _thin_kernel(
     tl.store(out_ptr + token * m + row, y, mask=row < m)
 
 
-def picked(x: Float[Tensor, "T N"], k: int) -> tuple[Float[Tensor, "T {k}"], Int[Tensor, "T {k}"]]:
+def picked(x: Float[Tensor, "T N"], k: int) -> tuple[Float[Tensor, "T K"], Int[Tensor, "T K"]]:
     """Each row's k largest numbers, largest first, and where they are; of equal ones the first.
 
     At most MOST a row.
