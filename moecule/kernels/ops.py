@@ -326,7 +326,7 @@ def tiled_products(x: Tiled, of: Matrices, pairs: Sorted, as_: Tensor) -> Float[
     return made
 
 
-def picked(x: Float[Tensor, "T N"], k: int) -> tuple[Float[Tensor, "T {k}"], Int[Tensor, "T {k}"]]:
+def picked(x: Float[Tensor, "T N"], k: int) -> tuple[Float[Tensor, "T K"], Int[Tensor, "T K"]]:
     """As `routing.picked`."""
     values, where = pick_op(x, k)
     return values, where
