@@ -39,7 +39,7 @@ def timed(model: Path, out: Path, recipe: Recipe, data: str) -> dict[str, Any]:
     """Seconds of all, and of its steps."""
     marks = [time.perf_counter()]
 
-    def clock(what: str, done: int, of: int) -> None:
+    def clock(what: str, done: int, of: int, tokens: int) -> None:
         marks.append(time.perf_counter())
 
     moecule.calibrate(model, out, recipe=recipe, data=data, compute=Compute(), progress=clock)

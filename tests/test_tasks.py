@@ -428,5 +428,5 @@ def test_the_harness_own_command_says_the_same_of_a_trained_model(name, shared, 
     assert math.exp(mean) == theirs["lambada"]["perplexity,none"]
 
 
-def quiet(what: str, done: int, of: int) -> None:
+def quiet(what: str, done: int, of: int, tokens: int) -> None:
     """No progress."""
