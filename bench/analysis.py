@@ -9,7 +9,6 @@ among them), and with CAMERA's energies beside them. Scaled to all layers by the
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import tempfile
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 
 import moecule
-from bench.full_size import SHAPES, usual, write_model
+from bench.full_size import SHAPES, arguments, usual, write_model
 from moecule.compress import peak_memory
 from moecule.measure import device_name
 from moecule.recipe import Recipe, load_recipe
@@ -49,16 +48,7 @@ def timed(model: Path, out: Path, recipe: Recipe, data: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("--layers", type=int, nargs=2, required=True)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--batch", type=int, default=16, help="windows that pass together")
-    parser.add_argument("--dir", default=None)
-    parser.add_argument("-o", "--out", required=True)
-    args = parser.parse_args()
+    args = arguments(16).parse_args()
     shape, device = SHAPES[args.shape], Compute().torch_device()
     known = recipes({"samples": args.samples, "length": args.length, "batch": args.batch})
     runs: dict[str, dict[int, Any]] = {name: {} for name in known}

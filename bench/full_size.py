@@ -145,18 +145,24 @@ def a_layer(runs: dict[int, dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def main() -> None:
+def arguments(batch: int) -> argparse.ArgumentParser:
+    """What a bench of models of full width is told; `batch` is the default."""
     parser = argparse.ArgumentParser()
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--layers", type=int, nargs=2, required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--batch", type=int, default=8, help="windows that pass together")
-    parser.add_argument("--recipe", default="mc")
-    parser.add_argument("--states", default="auto")
+    parser.add_argument("--batch", type=int, default=batch, help="windows that pass together")
     parser.add_argument("--dir", default=None)
     parser.add_argument("-o", "--out", required=True)
+    return parser
+
+
+def main() -> None:
+    parser = arguments(8)
+    parser.add_argument("--recipe", default="mc")
+    parser.add_argument("--states", default="auto")
     args = parser.parse_args()
     shape, device = SHAPES[args.shape], Compute().torch_device()
     runs: dict[int, dict[str, Any]] = {}

@@ -151,9 +151,14 @@ def _task_rows(after: Result) -> list[tuple[str, str, str, str]]:
     ]
 
 
+def in_groups(result: Result) -> set[str]:
+    """The tasks that a group's mean is of."""
+    return {task for of in result.suite.get("groups", {}).values() for task in of}
+
+
 def told(result: Result) -> list[tuple[str, Mapping[str, float], str]]:
     """(task, its numbers, the name of a metric); of a group its mean alone."""
-    inside = {task for of in result.suite.get("groups", {}).values() for task in of}
+    inside = in_groups(result)
     return [
         (task, row, metric)
         for task, row in result.tasks.items()

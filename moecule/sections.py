@@ -8,7 +8,7 @@ from typing import Any
 from moecule.blocks import Bar, Cell, Section, Table, Tile
 from moecule.budget import format_size
 from moecule.plan import Keep
-from moecule.result import Result
+from moecule.result import Result, in_groups
 from moecule.run import Run
 
 PARTS = {
@@ -76,12 +76,10 @@ def _text_row(name: str, loss: Any, most: float) -> tuple[Cell, ...]:
 
 def task_section(run: Run) -> Section:
     """As result.json has them: {task: {metric: value, metric_stderr: value, n: items}}."""
-    found: Mapping[str, Any] = getattr(run.result, "tasks", None) or {}
+    found, inside = run.result.tasks, in_groups(run.result)
     if not found:
         absent = "None were measured. Run: moecule evaluate OUT --against MODEL --tasks NAMES"
         return Section("Tasks", notes=(absent,))
-    suite = getattr(run.result, "suite", None) or {}
-    inside = {task for of in suite.get("groups", {}).values() for task in of}
     head = ("task", "original", "compressed", "change", "metric", "items")
     tables = [
         Table.of("Tasks", head, _task_rows(run.result, [t for t in found if t not in inside]))
@@ -96,9 +94,8 @@ def task_section(run: Run) -> Section:
     return Section("Tasks", text, (), tuple(tables))
 
 
-def _task_rows(result: Any, tasks: Sequence[str]) -> list[tuple[Cell, ...]]:
-    theirs = getattr(result, "original_tasks", None) or {}
-    changes = getattr(result, "task_changes", None) or {}
+def _task_rows(result: Result, tasks: Sequence[str]) -> list[tuple[Cell, ...]]:
+    theirs, changes = result.original_tasks, result.task_changes
     rows: list[tuple[Cell, ...]] = []
     for task in tasks:
         metrics, was = result.tasks[task], theirs.get(task, {})
@@ -221,9 +218,8 @@ def speed_section(run: Run) -> Section:
         ("floor: decoded, tokens/s at most", *(_rate(_most(x)) for x in both)),
         ("weights in memory", *(format_size(x.memory_bytes) for x in both)),
     ]
-    held: list[Any] = [getattr(r, name, None) for name in ("original_throughput", "throughput")]
-    if before is not None and None not in held:
-        room = format_size(held[1].memory_bytes)
+    if before is not None and r.original_throughput is not None and r.throughput is not None:
+        held, room = (r.original_throughput, r.throughput), format_size(r.throughput.memory_bytes)
         rows.append((f"sequences at once in {room}", *(f"{t.sequences}" for t in held)))
         rows.append(
             ("decoded tokens/s of all of them", *(_rate(t.decode_tokens_per_s) for t in held))
