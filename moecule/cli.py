@@ -1,4 +1,4 @@
-"""The command line: its verbs, which making.py and looking.py hold, and how it ends."""
+"""The command line: its verbs, which making.py, teaching.py and looking.py hold, and how it ends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 
 import typer
 
-from moecule import looking, making
+from moecule import looking, making, teaching
 from moecule.complete import COMPLETE
 from moecule.errors import MoeculeError
 from moecule.interrupt import Verbs
@@ -26,7 +26,7 @@ VERBS = (  # as --help lists them
     *(looking.inspect, looking.families, looking.methods, looking.recipes),
     *(making.calibrate, making.plan, making.apply, making.compress, making.export),
     *(making.cloze, looking.evaluate, looking.report, looking.compare),
-    *(making.patterns, looking.generate),
+    *(teaching.heal, making.patterns, looking.generate),
 )
 for _verb in VERBS:
     app.command()(hushable(_verb))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 
 from moecule.apply import check_target, key_of
 from moecule.ask import Ask, foresee
+from moecule.data import Sampling
 from moecule.errors import OutputError
 from moecule.evaluate import evaluate
 from moecule.evidence import gather, load_evidence, noting, save_evidence
@@ -95,22 +96,51 @@ def _compress(
     if not done:
         apply(model, file, out, data=data, sampling=chosen.data, compute=compute, progress=progress)
     seconds["apply"] = _since(start)
-    before, after = evaluate(
+    before, after = measured(
         out,
-        against=model,
+        model,
         text=text,
         data=data,
         sampling=chosen.data,
         compute=compute,
         progress=progress,
+        seconds=seconds,
+    )
+    return Compressed(out, before, after)
+
+
+def measured(
+    out: Path,
+    against: str | Path,
+    *,
+    text: Sequence[str | Path] = (),
+    data: str | Path | None = None,
+    sampling: Sampling | None = None,
+    compute: Compute = AUTO,
+    progress: Progress = silent,
+    seconds: Mapping[str, float] | None = None,
+) -> tuple[Result, Result]:
+    """(the original's result, that of the model in `out`), which is written there as result.json.
+
+    A killed run goes on. Raises what `evaluate` raises.
+    """
+    before, after = evaluate(
+        out,
+        against=against,
+        text=text,
+        data=data,
+        sampling=sampling,
+        compute=compute,
+        progress=progress,
         beside=out / LOSSES,
     )
     assert before is not None  # `against` was given
-    after = replace(after, seconds={**seconds, **after.seconds}, peak_memory_bytes=peak_memory())
-    if ranks.is_first:
+    spent = {**(seconds or {}), **after.seconds}
+    after = replace(after, seconds=spent, peak_memory_bytes=peak_memory())
+    if compute.ranks.is_first:
         write_text(out / "result.json", after.dumps())
-    sweep(out / LOSSES, ranks, whole=True)
-    return Compressed(out, before, after)
+    sweep(out / LOSSES, compute.ranks, whole=True)
+    return before, after
 
 
 def _check(

@@ -185,6 +185,24 @@ def held_out_windows(
     return windows
 
 
+def split_windows(
+    tokenizer: Any, texts: Sequence[str], sampling: Sampling, length: int, n: int
+) -> tuple[Int[Tensor, "N S"], Int[Tensor, "M S"]]:
+    """(up to `samples` windows to train on, up to n held out), of different documents.
+
+    Raises DataError for text of which nothing is left to train on.
+    """
+    order = seeded_order(texts, sampling)
+    held, used = _draw(tokenizer, texts, order[::-1], replace(sampling, samples=n), length)
+    left = order[: len(order) - used]
+    if not left:
+        raise DataError(
+            f"{n} held-out windows take all {len(order)} documents of the text; give more of them, "
+            "a line each (.jsonl)"
+        )
+    return _draw(tokenizer, texts, left, sampling, length)[0], held
+
+
 def seeded_order(texts: Sequence[Any], sampling: Sampling) -> list[int]:
     """In which documents are drawn."""
     return random.Random(sampling.seed).sample(range(len(texts)), len(texts))

@@ -21,6 +21,7 @@ from moecule.order import save_plan
 from moecule.plan import Keep, Plan
 
 REQUIRED = "moecule_required"
+HEALED = "healed"  # in config.json, of a checkpoint that was trained after it was made
 REQUIRED_CODE = '''"""This checkpoint's experts are packed by moecule: pip install moecule."""
 
 import moecule
@@ -73,7 +74,8 @@ def made_of(out: Path, plan: Plan) -> Any:
     if not (said.is_file() and config.is_file()) or said.read_bytes() != plan.dumps().encode():
         return None
     try:
-        return Checkpoint.open(out.absolute()).config.get("moecule", {}).get("made_of")
+        noted = Checkpoint.open(out.absolute()).config.get("moecule", {})
+        return None if HEALED in noted else noted.get("made_of")
     except CheckpointError:  # it is not whole
         return None
 

@@ -105,14 +105,14 @@ def calibrate(
                     "inventory": take_inventory(streamed).as_dict(),
                 }
                 save_meta(meta, made)
-        _put_in_place(journal, out)
+        put_in_place(journal, out)
     return out
 
 
 MADE = "made"  # in the journal's folder: what is to become the output
 
 
-def _put_in_place(journal: Journal, out: Path) -> None:
+def put_in_place(journal: Journal, out: Path) -> None:
     """What was made, and the journal away."""
     made, ranks = journal.folder / MADE, journal.ranks
     if not journal.is_written:
@@ -312,7 +312,7 @@ def apply(
         if ranks.is_first:
             for file in ("result.json", EVIDENCE):  # of what lay there before
                 (out / file).unlink(missing_ok=True)
-        _put_in_place(journal, out)
+        put_in_place(journal, out)
     return out
 
 

@@ -1,0 +1,352 @@
+"""heal: a compressed model is taught what the original says, with whatever of it can still move.
+
+    minimise over what moves   KL(teacher || student), mean over the tokens of the training text
+
+The teacher runs beside the student, or has said its k likeliest tokens once, layer by layer, and
+need not fit. The best by the KL on held-out text stays, so healing never leaves a model worse by it.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moecule.batch import digest
+from moecule.checkpoint import Checkpoint
+from moecule.data import Sampling, check_tokens, read_texts, split_windows, window_length
+from moecule.errors import CheckpointError, DataError, RecipeError
+from moecule.evidence import FILE as EVIDENCE
+from moecule.files import parse_json, write_text, writing
+from moecule.folder import HEALED
+from moecule.hf import PACKED, skeleton
+from moecule.journal import Journal, journal_of, placed, sweep
+from moecule.session import (
+    ASSETS,
+    Compute,
+    Progress,
+    load,
+    memory_bytes,
+    noting,
+    open_checkpoint,
+    silent,
+    stream_any,
+    ticker,
+    tokenizer_of,
+    trail_of,
+)
+from moecule.states import free_host_bytes
+from moecule.train.by_layer import heal_layers
+from moecule.train.loop import Loss, Schedule, Trained, train
+from moecule.train.losses import distil, distil_top_k
+from moecule.train.student import (
+    Shelf,
+    Student,
+    changes,
+    check_parts,
+    open_student,
+    relative_rates,
+    write_changed,
+)
+from moecule.train.teacher import Said, say
+from moecule.verbs import AUTO, MADE, put_in_place
+from moecule.writer import check_out
+
+HELD_OUT = 32  # windows that say which state is best
+BESIDE = 6.0  # times a teacher's bytes, for it, a student of its size, gradients and moments
+TOGETHER = 8  # windows that the teacher is asked, or the student checked on, at once
+FILE = "healing.json"
+Teaching = Literal["auto", "beside", "said"]
+
+
+@dataclass(frozen=True)
+class Healed:
+    """What heal leaves."""
+
+    folder: Path
+    trained: Mapping[str, Trained]  # "all", or by layer
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """How a model is taught."""
+
+    parts: tuple[
+        str, ...
+    ] = ()  # of student.PARTS; none: what of it is not codes, all if nothing is
+    schedule: Schedule = Schedule()
+    teaching: Teaching = "auto"  # beside the student, or said before; auto: beside where it fits
+    top_k: int = 64  # tokens that are kept of what is said before
+    by_layer: bool = False
+    experts_over: int = 1
+    length: int = 0  # tokens of a window; 0: as calibration
+
+    def __post_init__(self) -> None:
+        """Raises RecipeError for what cannot be."""
+        if self.parts:
+            check_parts(self.parts)
+        if self.top_k < 1:
+            raise RecipeError(f"top_k = {self.top_k}, wanted 1 token or more")
+        if self.by_layer and {"lora"} & {*self.parts}:
+            raise RecipeError("layers are healed without lora; name other parts (--parts)")
+
+
+DEFAULT = Lesson()
+
+
+def heal(
+    model: str | Path,
+    teacher: str | Path,
+    out: str | Path,
+    *,
+    lesson: Lesson = DEFAULT,
+    data: str | Path | None = None,
+    compute: Compute = AUTO,
+    progress: Progress = silent,
+) -> Healed:
+    """Train what of `model` can move to say what `teacher` says; a checkpoint of the same kind in `out`.
+
+    Does nothing where `out` holds just that; goes on where a killed run of the same stopped.
+    Raises CheckpointError for a teacher of another vocabulary, DataError for text of which nothing is
+    left to hold out, RecipeError for parts that do not move or too little memory, OutputError where
+    `out` holds other things. Warns where the loss diverged; the best is kept then.
+    """
+    out, ranks = Path(out), compute.ranks
+    checkpoint = open_checkpoint(model)
+    _check_teacher(checkpoint, teacher)
+    packed = checkpoint.config["model_type"] == PACKED
+    parts = lesson.parts or (("scales", "router", "norms") if packed else ("all",))
+    windows, held = _windows(checkpoint, data, lesson, ranks.size)
+    request = {
+        "verb": "heal",
+        "processes": ranks.size,
+        "digests": [checkpoint.digest, open_checkpoint(teacher).digest],
+        "tokens": [digest([windows]), digest([held])],
+        **json.loads(json.dumps(asdict(lesson) | {"parts": list(parts)})),
+    }
+    if ranks.share(_noted(out) == request, 0):
+        sweep(out, ranks, whole=True)
+        return Healed(out, _history(out))
+    if ranks.is_first:
+        check_out(out, placed(out))
+    with journal_of(out, request, ranks) as journal:
+        if not journal.is_written:
+            if ranks.is_first:
+                check_out(out, set())
+            journal.add({"began": True})  # what follows leaves files of its own
+            if lesson.by_layer:
+                trained, moved = _by_layer(
+                    checkpoint, teacher, lesson, parts, windows, held, compute, journal, progress
+                )
+            else:
+                trained, moved = _whole(
+                    checkpoint, teacher, lesson, parts, windows, held, compute, journal, progress
+                )
+            if ranks.is_first:
+                _write(checkpoint, moved, journal.folder / MADE, request, trained)
+        put_in_place(journal, out)
+    for name, of in _history(out).items():
+        if of.stopped is not None:
+            warnings.warn(f"{name}: {of.stopped}; the best before it was kept", stacklevel=2)
+    return Healed(out, _history(out))
+
+
+def _check_teacher(checkpoint: Checkpoint, teacher: str | Path) -> None:
+    sizes = [
+        skeleton(c, torch.float32)[0].config.get_text_config().vocab_size
+        for c in (checkpoint, open_checkpoint(teacher))
+    ]
+    if sizes[0] != sizes[1]:
+        raise CheckpointError(
+            f"the teacher {teacher} knows {sizes[1]} tokens and {checkpoint.name} {sizes[0]}; give the "
+            "model that it was made of"
+        )
+
+
+def _windows(
+    checkpoint: Checkpoint, data: str | Path | None, lesson: Lesson, size: int
+) -> tuple[Int[Tensor, "N S"], Int[Tensor, "M S"]]:
+    """(as many as the schedule sees, or all there are; held out)."""
+    config = skeleton(checkpoint, torch.float32)[0].config
+    length, schedule = window_length(config, lesson.length), lesson.schedule
+    texts = read_texts(data or ASSETS / "text" / "calibration.jsonl")
+    sampling = Sampling(schedule.steps * schedule.batch, seed=schedule.seed)
+    found = split_windows(tokenizer_of(checkpoint.path), texts, sampling, length, HELD_OUT)
+    for windows in found:
+        check_tokens(windows, config)
+    seen, held = found
+    even = len(held) // size * size  # as many for each process
+    if not even:
+        raise DataError(f"{size} processes share {len(held)} held-out windows; give more text")
+    return seen, held[:even]
+
+
+def _noted(out: Path) -> Any:
+    """The request that made the checkpoint in `out`, if healing did."""
+    if not (out / "config.json").is_file() or not (out / FILE).is_file():
+        return None
+    return open_checkpoint(out).config.get("moecule", {}).get(HEALED)
+
+
+def _history(out: Path) -> dict[str, Trained]:
+    said = parse_json((out / FILE).read_text(encoding="utf-8"))
+    return {name: Trained(**of) for name, of in said.items()}
+
+
+def _write(
+    checkpoint: Checkpoint,
+    moved: Mapping[str, Tensor],
+    made: Path,
+    request: Mapping[str, Any],
+    trained: Mapping[str, Trained],
+) -> None:
+    """The checkpoint anew, and what came of the lesson."""
+    write_changed(checkpoint, moved, made)
+    config = dict(parse_json((made / "config.json").read_text(encoding="utf-8")))
+    config["moecule"] = {**config.get("moecule", {}), HEALED: dict(request)}
+    write_text(made / "config.json", json.dumps(config, indent=2) + "\n")
+    for stale in ("result.json", EVIDENCE, "report.html", "report.md"):  # of what it was before
+        (made / stale).unlink(missing_ok=True)
+    write_text(made / FILE, json.dumps({n: asdict(t) for n, t in trained.items()}) + "\n")
+
+
+def _whole(
+    checkpoint: Checkpoint,
+    teacher: str | Path,
+    lesson: Lesson,
+    parts: Sequence[str],
+    windows: Int[Tensor, "N S"],
+    held: Int[Tensor, "M S"],
+    compute: Compute,
+    journal: Journal,
+    progress: Progress,
+) -> tuple[dict[str, Trained], dict[str, Tensor]]:
+    """(what came of it, tensors that moved by their names on disk)."""
+    theirs, said = _teacher(teacher, lesson, windows, held, compute, journal, progress)
+    student = open_student(checkpoint.path, compute, parts=parts, experts_over=lesson.experts_over)
+    # the first column numbers a window, for what the teacher has said of it
+    numbers = torch.arange(len(windows) + len(held))[:, None]
+    every = torch.cat([numbers, torch.cat([windows, held])], 1)
+    loss = _loss(theirs, said)
+    ranks, n = compute.ranks, len(windows)
+
+    @torch.no_grad()
+    def check() -> float:
+        total = torch.zeros((), dtype=torch.float64)
+        for part in torch.stack(ranks.mine(list(every[n:]))).split(TOGETHER):
+            ids = part.to(compute.torch_device())
+            total += len(part) * loss(student.model, ids).double().cpu()
+        return float(ranks.add_up(total)) / len(held)
+
+    schedule = lesson.schedule
+    tick = ticker(progress, "heal", schedule.steps, schedule.batch * windows.shape[1])
+    trained = train(
+        student.model,
+        loss,
+        every[:n],
+        schedule,
+        check=check,
+        folder=journal.folder / "steps",
+        ranks=ranks,
+        rates=relative_rates(student.model),
+        tick=tick,
+    )
+    return {"all": trained}, changes(student)
+
+
+def _teacher(
+    teacher: str | Path,
+    lesson: Lesson,
+    windows: Int[Tensor, "N S"],
+    held: Int[Tensor, "M S"],
+    compute: Compute,
+    journal: Journal,
+    progress: Progress,
+) -> tuple[Any, Said | None]:
+    """(the teacher loaded, None), or (None, what it has said)."""
+    streamed = stream_any(teacher, compute)
+    teaching = lesson.teaching
+    if teaching == "auto":
+        # beside it there is the student, and what its training takes
+        room = _fits_beside(memory_bytes(streamed), compute)
+        teaching = compute.ranks.share("beside" if room else "said", 0)
+    if teaching == "beside":
+        del streamed
+        return load(teacher, compute).requires_grad_(False), None
+    every, folder = torch.cat([windows, held]), journal.folder / "said"
+    if compute.ranks.is_first:
+        alone = Compute(compute.device, compute.dtype, compute.trust_remote_code, compute.states)
+        trail = noting(
+            trail_of(streamed, every.numel(), alone, 3, journal.folder), journal, "said_"
+        )
+        tick = ticker(progress, "teacher", len(streamed.layers), every.numel())
+        say(streamed, every, folder, lesson.top_k, TOGETHER, tick, trail)
+    compute.ranks.wait()
+    return None, Said(folder, TOGETHER)
+
+
+def _fits_beside(teacher_bytes: int, compute: Compute) -> bool:
+    """Whether a teacher has room beside a student of its size, gradients and moments and all."""
+    device = compute.torch_device()
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes()
+    return BESIDE * teacher_bytes <= free
+
+
+def _loss(teacher: Any, said: Said | None) -> Loss:
+    """KL(teacher || student) of windows whose first column is their number."""
+
+    def live(model: Any, windows: Int[Tensor, "B S1"]) -> Float[Tensor, ""]:
+        ids = windows[:, 1:]
+        with torch.no_grad():
+            wanted = teacher(input_ids=ids, use_cache=False).logits
+        return distil(model(input_ids=ids, use_cache=False).logits, wanted)
+
+    def kept(model: Any, windows: Int[Tensor, "B S1"]) -> Float[Tensor, ""]:
+        assert said is not None  # there is a teacher otherwise
+        ids, logp = said.of(windows[:, 0].tolist(), windows.device)
+        return distil_top_k(model(input_ids=windows[:, 1:], use_cache=False).logits, ids, logp)
+
+    return live if said is None else kept
+
+
+def _by_layer(
+    checkpoint: Checkpoint,
+    teacher: str | Path,
+    lesson: Lesson,
+    parts: Sequence[str],
+    windows: Int[Tensor, "N S"],
+    held: Int[Tensor, "M S"],
+    compute: Compute,
+    journal: Journal,
+    progress: Progress,
+) -> tuple[dict[str, Trained], Mapping[str, Tensor]]:
+    """(what came of each layer, tensors that moved by their names on disk)."""
+    if compute.ranks.size > 1:
+        raise RecipeError("layers are healed by one process; start one, or leave out --by-layer")
+    compute = replace(compute, dtype="float32")
+    streamed, theirs = stream_any(checkpoint.path, compute), stream_any(teacher, compute)
+    packed = checkpoint.config["model_type"] == PACKED
+    student = Student(streamed.model, checkpoint, streamed.family, compute, packed)
+    each = lesson.schedule.micro or lesson.schedule.batch
+    seen, unseen = windows.split(each), held.split(each)
+    batches, tokens = [*seen, *unseen], windows.numel() + held.numel()
+    trails = [
+        noting(trail_of(m, tokens, compute, 6, journal.folder), journal, of)
+        for m, of in ((streamed, ""), (theirs, "teacher_"))
+    ]
+    tick = ticker(progress, "heal", len(streamed.layers), tokens)
+    folder = journal.folder / "layers"
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    done = heal_layers(
+        student, streamed, theirs, batches, len(unseen), parts, lesson.schedule, folder,
+        (trails[0], trails[1]), tick,
+    )  # fmt: skip
+    return {f"layer {i}": t for i, t in done.items()}, Shelf.of(folder)

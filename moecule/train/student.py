@@ -1,0 +1,348 @@
+"""A model to train: opened whole, in float32, with what is to move marked; and written back.
+
+    scales   scales and zero points of packed weights; the codes stay
+    router   rows of the routers
+    norms    vectors outside the experts: gains of norms, biases
+    lora     an update of low rank to each matrix outside the experts that is not packed
+    experts  matrices of the experts that are not packed
+    all      everything
+
+Several processes share the windows. A stock model is sharded by transformers' own DistributedConfig
+(FSDP2, and experts over processes with `experts_over`), which wants accelerate; a packed one by torch's
+`fully_shard`: codes lie whole in every process, what is trained and its moments do not.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import transformers
+from jaxtyping import Float
+from packaging.version import Version
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrize
+from transformers import AutoConfig
+
+from moecule.budget import format_size
+from moecule.checkpoint import Checkpoint
+from moecule.errors import CheckpointError, RecipeError
+from moecule.family import Family
+from moecule.files import save_whole, writing
+from moecule.hf import PACKED, Streamed, auto_class, choose_experts, quiet, skeleton
+from moecule.moe import experts_in, find_layers, find_moe
+from moecule.names import names_in_memory
+from moecule.session import Compute, load, open_checkpoint
+from moecule.states import free_host_bytes
+from moecule.train.loop import local, whole
+from moecule.train.thaw import frozen, thaw, thawed_names
+
+Part = Literal["scales", "router", "norms", "lora", "experts", "all"]
+PARTS: tuple[str, ...] = get_args(Part)
+RANK = 16  # of an update of low rank
+SHARDED = "5.20"  # the transformers that can put experts of training on several processes
+TRAINED_BYTES = 12  # of each float32 number that moves, besides itself: gradient, two moments
+
+
+@dataclass
+class Student:
+    """A model that can be trained."""
+
+    model: Any
+    checkpoint: Checkpoint
+    family: Family
+    compute: Compute
+    packed: bool
+    adapted: list[nn.Module] = field(default_factory=list)  # with an update of low rank
+
+    @property
+    def trainable(self) -> int:
+        """Numbers that move, over all processes."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+
+class LowRank(nn.Module):
+    """W + B A, of rank RANK, beginning at W (Hu et al. 2021, arXiv:2106.09685; alpha = rank)."""
+
+    def __init__(self, weight: Float[Tensor, "M N"]) -> None:
+        super().__init__()
+        rows, columns = weight.shape
+        lot = torch.Generator().manual_seed(rows * columns)
+        a = torch.randn(RANK, columns, generator=lot) / columns**0.5
+        self.a = nn.Parameter(a.to(weight.device))
+        self.b = nn.Parameter(torch.zeros(rows, RANK, device=weight.device))
+
+    def forward(self, weight: Float[Tensor, "M N"]) -> Float[Tensor, "M N"]:
+        """The matrix with its update."""
+        return weight + self.b @ self.a
+
+
+def check_parts(parts: Sequence[str]) -> None:
+    """Raise RecipeError for a part that there is not."""
+    unknown = [p for p in parts if p not in PARTS]
+    if unknown or not parts:
+        raise RecipeError(f"parts {unknown or list(parts)}: wanted some of {', '.join(PARTS)}")
+
+
+def open_student(
+    model: str | Path,
+    compute: Compute,
+    *,
+    parts: Sequence[str] = ("all",),
+    experts_over: int = 1,
+    beside: int = 0,
+) -> Student:
+    """Open a model to be trained: `parts` of it move. `experts_over`: processes that share experts.
+
+    `beside`: bytes of what is held besides, such as a teacher.
+    Raises RecipeError for parts that the model has none of, too little memory, or experts that processes
+    cannot share; CheckpointError where it does not load.
+    """
+    check_parts(parts)
+    checkpoint, ranks = open_checkpoint(model), compute.ranks
+    packed = checkpoint.config["model_type"] == PACKED
+    compute = replace(compute, dtype="float32")
+    net, family = skeleton(checkpoint, torch.float32)
+    check_shared(checkpoint, net, family, ranks.size, experts_over, packed=packed)
+    if ranks.size == 1 or packed:
+        found = load(model, compute)
+    else:
+        found = _sharded(checkpoint, ranks.size, experts_over)
+    found.requires_grad_(False)
+    if packed:
+        thaw(found)
+    else:
+        choose_experts(found)
+    student = Student(found, checkpoint, family, compute, packed)
+    mark(student, parts)
+    _check_memory(student, beside)
+    if packed and ranks.size > 1:
+        for layer in find_layers(found)[1]:
+            fully_shard(layer)
+        fully_shard(found)
+    found.config.use_cache = False
+    return student
+
+
+def check_shared(
+    checkpoint: Checkpoint,
+    model: Any,
+    family: Family,
+    size: int,
+    experts_over: int,
+    *,
+    packed: bool,
+) -> None:
+    """Raise RecipeError where so many processes cannot train the model together."""
+    if experts_over == 1 and (size == 1 or packed):
+        return
+    if packed:
+        raise RecipeError(
+            f"{checkpoint.name} is packed: codes lie whole in every process; leave out --experts-over"
+        )
+    if size % experts_over:
+        raise RecipeError(
+            f"{experts_over} of {size} processes are to share experts; give --experts-over a divisor"
+        )
+    if importlib.util.find_spec("accelerate") is None:
+        raise RecipeError(
+            "training with several processes wants accelerate; pip install 'moecule[train]'"
+        )
+    if Version(transformers.__version__) < Version(SHARDED):
+        raise RecipeError(
+            f"training with several processes wants transformers {SHARDED} or newer, and this is "
+            f"{transformers.__version__}; update it"
+        )
+    counts = {m.experts.num_experts for x in find_layers(model)[1] if (m := find_moe(x, family))}
+    uneven = [n for n in counts if n % experts_over]
+    if uneven:
+        fits = [k for k in range(2, size + 1) if size % k == 0 and all(n % k == 0 for n in counts)]
+        instead = f"give --experts-over {fits[-1]}" if fits else "leave out --experts-over"
+        raise RecipeError(
+            f"{experts_over} processes cannot share {uneven[0]} experts evenly; {instead}"
+        )
+
+
+def _sharded(checkpoint: Checkpoint, size: int, experts_over: int) -> Any:
+    """A stock model, of which every process holds its shards."""
+    from transformers.distributed import DistributedConfig
+
+    over = {"ep_size": experts_over} if experts_over > 1 else {}
+    try:
+        with quiet():
+            settings = AutoConfig.from_pretrained(checkpoint.path)
+            return auto_class(type(settings)).from_pretrained(
+                checkpoint.path,
+                dtype=torch.float32,
+                distributed_config=DistributedConfig(fsdp_size=size, **over),
+            )
+    except (OSError, ValueError, RuntimeError, KeyError) as e:
+        said = next(iter(str(e).splitlines()), type(e).__name__)
+        raise CheckpointError(
+            f"{checkpoint.path} cannot be shared out: {said}; train in one process"
+        ) from e
+
+
+def mark(student: Student, parts: Sequence[str]) -> None:
+    """What moves wants a gradient. Raises RecipeError for a part that the model has none of."""
+    model = student.model
+    thawed, inside = thawed_names(model), _expert_names(model)
+    routers = _router_names(student)
+    named = dict(model.named_parameters())
+    of: dict[str, set[str]] = {
+        "scales": thawed,
+        "router": {n for n in routers if n in named and n not in thawed},
+        "norms": {n for n, p in named.items() if p.dim() == 1 and n not in inside},
+        "experts": {n for n in inside if n in named and n not in thawed},
+        "all": set(named),
+    }
+    for part in parts:
+        if part == "lora":
+            if student.compute.ranks.size > 1:
+                raise RecipeError(
+                    "lora is trained by one process; start one, or name other --parts"
+                )
+            student.adapted += _adapt(model, routers)
+        found = bool(student.adapted) if part == "lora" else bool(of[part])
+        if not found:
+            able = ", ".join(p for p, names in of.items() if names)
+            raise RecipeError(
+                f"{student.checkpoint.name} has no {part} that could move; --parts may name {able}"
+            )
+        for name in of.get(part, ()):
+            named[name].requires_grad_(True)
+
+
+def relative_rates(module: nn.Module) -> dict[str, float]:
+    """{name: share of the rate} of what `thaw` made: scales move in proportion to their size.
+
+    As Adafactor's relative steps do (Shazeer and Stern 2018, arXiv:1804.04235).
+    """
+    thawed = thawed_names(module)
+    named = {n: local(p.detach()) for n, p in module.named_parameters() if n in thawed}
+    return {n: float(p.double().square().mean().sqrt()) for n, p in named.items()}
+
+
+def _expert_names(model: Any) -> set[str]:
+    return {f"{name}.{n}" for name, m in experts_in(model) for n, _ in m.named_parameters()}
+
+
+def _router_names(student: Student) -> set[str]:
+    prefix, layers = find_layers(student.model)
+    out = set()
+    for i, layer in enumerate(layers):
+        moe = find_moe(layer, student.family)
+        if moe is not None:
+            inside = {id(p) for p in moe.router.parameters()}
+            out |= {f"{prefix}.{i}.{n}" for n, p in layer.named_parameters() if id(p) in inside}
+    return out
+
+
+def _adapt(model: Any, routers: set[str]) -> list[nn.Module]:
+    """Give every plain Linear of the decoder layers, but routers and experts, an update of low rank."""
+    prefix, layers = find_layers(model)
+    experts = tuple(f"{name}." for name, _ in experts_in(model))
+    made = []
+    for name, module in [(f"{prefix}.{n}", m) for n, m in layers.named_modules()]:
+        plain = isinstance(module, nn.Linear) and "weight" in module._parameters
+        if plain and f"{name}.weight" not in routers and not name.startswith(experts):
+            parametrize.register_parametrization(module, "weight", LowRank(module.weight))
+            module.parametrizations["weight"].original.requires_grad_(False)
+            made.append(module)
+    return made
+
+
+def _check_memory(student: Student, beside: int) -> None:
+    """Raise RecipeError where AdamW's moments and gradients have no room, and say what has."""
+    device = student.compute.torch_device()
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes()
+    wanted = TRAINED_BYTES * student.trainable // student.compute.ranks.size + beside
+    if wanted > free:
+        few = TRAINED_BYTES * sum(p.numel() for p in student.model.parameters() if p.dim() == 1)
+        raise RecipeError(
+            f"training {student.trainable / 1e6:.1f}M numbers takes {format_size(wanted)} beside the "
+            f"weights, and {device} has {format_size(free)}; norms alone take {format_size(few)}: "
+            "give other --parts, --by-layer, or more processes"
+        )
+
+
+def changes(student: Student) -> dict[str, Tensor]:
+    """What may have moved, by its names on disk and as stored there; of all processes, for the first.
+
+    All processes must call it.
+    """
+    for module in student.adapted:
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    student.adapted = []
+    thawed = thawed_names(student.model)
+    moved: dict[str, Tensor] = {}
+    for name, parameter in student.model.named_parameters(remove_duplicate=False):
+        tensor = whole(parameter.detach()).cpu()
+        moved[name] = frozen(tensor) if name in thawed else tensor
+    if not student.compute.ranks.is_first:
+        return {}
+    return _to_disk(student, moved)
+
+
+def _to_disk(student: Student, moved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    checkpoint, known = student.checkpoint, student.checkpoint.tensors
+    if student.packed:
+        return {n: t.to(known[n].dtype) for n, t in moved.items() if n in known}
+    net, family = skeleton(checkpoint, torch.float32)
+    disk = names_in_memory(net, checkpoint)
+    dtypes = {n: known[d[0]].dtype for n, d in disk.items()}
+    streamed = Streamed(checkpoint, family, net, torch.device("cpu"), disk, dtypes)
+    made = streamed.to_disk({n: t for n, t in moved.items() if n in disk})
+    return {n: t for n, t in made.items() if n in known}
+
+
+def write_changed(checkpoint: Checkpoint, moved: Mapping[str, Tensor], folder: Path) -> None:
+    """The checkpoint with other values for some tensors, into `folder`, file by file; config too.
+
+    Raises OutputError where there is no room.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for file in sorted(checkpoint.path.iterdir()):
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as f:
+                names = list(f.keys())
+                tensors = {n: moved[n] if n in moved else f.get_tensor(n) for n in names}
+            save_whole({n: t.contiguous() for n, t in tensors.items()}, folder / file.name)
+        elif file.is_file() and not file.name.startswith("."):
+            with writing(folder / file.name):
+                shutil.copyfile(file, folder / file.name)
+
+
+class Shelf(Mapping[str, Tensor]):
+    """Tensors of a folder's files, read when they are asked for."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self.files = files
+
+    @staticmethod
+    def of(folder: Path) -> Shelf:
+        """All of its safetensors files."""
+        files: dict[str, Path] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, "pt") as f:
+                files |= dict.fromkeys(f.keys(), file)
+        return Shelf(files)
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self.files[name], "pt") as f:
+            found: Tensor = f.get_tensor(name)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)

@@ -1,0 +1,224 @@
+"""A packed model that can be trained: scales and zero points as parameters, codes as they are.
+
+    weight = (code - zero) * scale        codes stay; scale and zero move
+
+Buffers become parameters in their place and under their name, and the model's own forward runs.
+Experts are unpacked together and run by transformers' grouped products. What is computed while
+training is what will be stored: scales and zero points are rounded to fp16 in the forward pass, and
+gradients pass the rounding by (Bengio et al. 2013, arXiv:1308.3432). That scales alone win much back
+of what rounding cost is of EfficientQAT (Chen et al. 2024, arXiv:2407.11062), its second phase.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int, Int32
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from moecule.forward import in_pieces
+from moecule.hf import set_experts
+from moecule.moe import activated, ended, first_matrix
+from moecule.packed import affine, unpack
+from moecule.ragged import Ragged
+from moecule.runtime import MODEL_TYPE
+
+EXPERTS = "moecule_thawed"  # the name of `thawed_forward` in transformers' experts interface
+ALIGNED = 16  # bytes; torch's grouped product wants rows to begin at multiples
+
+
+class _Dequantise(torch.autograd.Function):
+    """Codes to weights. Nothing of the weights' size is kept for the backward pass but the codes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        codes: Int32[Tensor, "*E M words"],
+        scale: Float[Tensor, "*E M G"],
+        zero: Float[Tensor, "*E M G"] | None,
+        bits: int,
+        group: int,
+        columns: int,
+    ) -> Float[Tensor, "*E M N"]:
+        scale = scale.half().float()
+        zero = None if zero is None else zero.half().float()
+        ctx.save_for_backward(codes, scale, zero)
+        ctx.bits, ctx.group, ctx.columns = bits, group, columns
+        return affine(unpack(codes, bits, columns), scale, zero, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Float[Tensor, "*E M N"]) -> tuple[Tensor | None, ...]:
+        codes, scale, zero = ctx.saved_tensors
+        q = unpack(codes, ctx.bits, ctx.columns).float()
+        of_scale = _by_group(grad * q, ctx.group)
+        total = _by_group(grad, ctx.group)
+        half = 0.5 if zero is None else zero
+        of_zero = None if zero is None else -total * scale
+        return None, of_scale - half * total, of_zero, None, None, None
+
+
+def _by_group(x: Float[Tensor, "*E M N"], group: int) -> Float[Tensor, "*E M G"]:
+    """Sums over the columns that share a scale."""
+    short = -x.shape[-1] % group
+    made: Tensor = nn.functional.pad(x, (0, short)).unflatten(-1, (-1, group)).sum(-1)
+    return made
+
+
+def packed_in(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """(the module's name, module, the weight's name) of every packed weight."""
+    for prefix, module in model.named_modules():
+        for name in vars(module).get("widths", {}):
+            yield prefix, module, name
+
+
+@torch.no_grad()
+def thaw(model: nn.Module) -> None:
+    """Make scales and zero points parameters, in place. `freeze` is the way back."""
+    for _, module, name in packed_in(model):
+        for part in (f"{name}_scale", f"{name}_zero"):
+            if part in module._buffers:
+                stored: Any = module._buffers.pop(part)
+                module.register_parameter(part, nn.Parameter(stored.view(torch.float16).float()))
+        if name == "weight":  # of a Linear or a router; stacks of experts are read below
+            _give_class(module)
+    set_experts(model, EXPERTS)
+
+
+@torch.no_grad()
+def freeze(model: nn.Module) -> None:
+    """The way back from `thaw`, in place."""
+    for _, module, name in packed_in(model):
+        for part in (f"{name}_scale", f"{name}_zero"):
+            if part in module._parameters:
+                parameter: Any = module._parameters.pop(part)
+                module.register_buffer(part, frozen(parameter.detach()))
+        if type(module) in _thawed_classes.values():
+            (module.__class__,) = type(module).__bases__
+    set_experts(model, MODEL_TYPE)
+
+
+@torch.no_grad()
+def frozen(parameter: Float[Tensor, "*E M G"]) -> Int[Tensor, "*E M G"]:
+    """A thawed parameter as checkpoints hold it: fp16, seen as int16."""
+    return parameter.half().contiguous().view(torch.int16)
+
+
+def thawed_names(model: nn.Module) -> set[str]:
+    """The full names of the parameters that `thaw` made."""
+    return {
+        f"{prefix}.{name}_{part}"
+        for prefix, module, name in packed_in(model)
+        for part in ("scale", "zero")
+        if f"{name}_{part}" in module._parameters
+    }
+
+
+_thawed_classes: dict[type, type] = {}
+
+
+def _give_class(module: nn.Module) -> None:
+    """The module's own class, with a weight that is made of its parameters."""
+    base = type(module)
+    if base not in _thawed_classes:
+        own: dict[str, Any] = {"weight": property(lambda self: _weight(self, "weight"))}
+        if isinstance(module, nn.Linear):
+            own["forward"] = nn.Linear.forward
+        _thawed_classes[base] = type(f"Thawed{base.__name__}", (base,), own)
+    module.__class__ = _thawed_classes[base]
+
+
+def _weight(module: Any, name: str) -> Float[Tensor, "*E M N"]:
+    """A packed weight whose scales are parameters, unpacked."""
+    keep, columns = module.widths[name]
+    scale = module.get_parameter(f"{name}_scale")
+    zero = None if keep.bits == 1 else module.get_parameter(f"{name}_zero")
+    codes = module.get_buffer(f"{name}_codes")
+    made: Tensor = _Dequantise.apply(  # type: ignore[no-untyped-call]
+        codes, scale, zero, keep.bits, keep.group, columns
+    )
+    kind = codes.device.type
+    return made.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else made
+
+
+class _Dense:
+    """An experts module to transformers' functions, with weights that are given."""
+
+    def __init__(self, module: Any, up: Tensor, down: Tensor) -> None:
+        vars(self).update({"_module": module, first_matrix(module): up, "down_proj": down})
+        self.num_experts, self.is_transposed = len(up), False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_module"], name)
+
+
+def thawed_forward(
+    self: Any, hidden: Float[Tensor, "T H"], idx: Int[Tensor, "T K"], coef: Float[Tensor, "T K"]
+) -> Float[Tensor, "T H"]:
+    """The forward of an experts module that was packed, with gradients."""
+    if "into" in self._buffers:  # experts that became part of others
+        idx = self.into[idx].to(idx.dtype)
+    runs = self._buffers.get("runs")
+    if self.cuts > 1 or runs is not None:
+        idx, coef = in_pieces(idx, coef, self.cuts, self.num_experts, runs)
+    nobody = idx >= self.num_experts  # of runs that are not there
+    idx, coef = idx.masked_fill(nobody, 0), coef.masked_fill(nobody, 0)
+    if any(isinstance(stack, Ragged) for stack in self.packed.values()):
+        return _one_by_one(self, hidden, idx, coef, None)
+    up, down = (_stacked(self, name) for name in ("gate_up", "down"))
+    if any(w.shape[-1] * w.element_size() % ALIGNED for w in (up, down)):
+        return _one_by_one(self, hidden, idx, coef, (up, down))
+    made: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](_Dense(self, up, down), hidden, idx, coef)
+    return made
+
+
+def _stacked(module: Any, name: str) -> Float[Tensor, "E M N"]:
+    """One matrix of all experts, or of all pieces of them, in their order."""
+    stacks = {kind: _of_stack(stack, name) for kind, stack in module.packed.items()}
+    if len(stacks) == 1:
+        return next(iter(stacks.values()))
+    firsts, total = {}, 0
+    for kind, stack in stacks.items():
+        firsts[kind], total = total, total + len(stack)
+    at = [firsts[kind] + row for kind, row in module.slots]
+    return torch.cat([*stacks.values()])[
+        torch.tensor(at, device=next(iter(stacks.values())).device)
+    ]
+
+
+def _of_stack(stack: Any, name: str) -> Float[Tensor, "n M N"]:
+    made: Tensor = (
+        stack.get_parameter(f"{name}_weight") if stack.keep.bits == 16 else _weight(stack, name)
+    )
+    return made
+
+
+def _one_by_one(
+    module: Any,
+    hidden: Float[Tensor, "T H"],
+    idx: Int[Tensor, "T K"],
+    coef: Float[Tensor, "T K"],
+    weights: tuple[Tensor, Tensor] | None,
+) -> Float[Tensor, "T H"]:
+    """Expert after expert: of many widths, or of widths that grouped products do not take."""
+    out = torch.zeros_like(hidden)
+    for e, (kind, row) in enumerate(module.slots):
+        token, rank = torch.where(idx == e)
+        if not len(token):
+            continue
+        stack = module.packed[kind]
+        up, down = (
+            (stack.weight("gate_up", row), stack.weight("down", row))
+            if weights is None
+            else (weights[0][e], weights[1][e])
+        )
+        expert = torch.full_like(token, e) if module.has_bias else None
+        act = activated(module, nn.functional.linear(hidden[token], up), expert)
+        made = ended(module, nn.functional.linear(act, down), expert)
+        out = out.index_add(0, token, (made * coef[token, rank, None]).to(out.dtype))
+    return out
+
+
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS, thawed_forward)

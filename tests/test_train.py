@@ -1,0 +1,1 @@
+"""The loop, what can be thawed, and healing."""
