@@ -51,12 +51,11 @@ def heal_layers(
     target = next(theirs)
     for step in walk(streamed, batches, tick, trails[0]):
         while target.index < step.index:
-            target.run()
             target = next(theirs)
         target.run()
         done[step.index] = _layer(student, streamed, step, target, held, parts, schedule, folder)
-    for target in theirs:
-        target.run()
+    for _ in theirs:  # to the end, so that it lets go of what it holds
+        pass
     return {i: _told(folder, i) for i in range(len(streamed.layers))} | done
 
 
@@ -115,4 +114,4 @@ def _file(folder: Path, layer: int) -> Path:
 
 def _told(folder: Path, layer: int) -> Trained:
     said = parse_json(_file(folder, layer).with_suffix(".json").read_text(encoding="utf-8"))
-    return Trained(**said)
+    return Trained.from_dict(said)

@@ -197,7 +197,7 @@ def _noted(out: Path) -> Any:
 
 def _history(out: Path) -> dict[str, Trained]:
     said = parse_json((out / FILE).read_text(encoding="utf-8"))
-    return {name: Trained(**of) for name, of in said.items()}
+    return {name: Trained.from_dict(of) for name, of in said.items()}
 
 
 def _write(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,6 +95,11 @@ class Trained:
     steps: int = 0  # that were made
     history: list[tuple[int, float, float | None]] = field(default_factory=list)
     stopped: str | None = None  # why, where it was before the last step
+
+    @staticmethod
+    def from_dict(said: Mapping[str, Any]) -> Trained:
+        """Of what JSON made of it. Raises KeyError, TypeError or ValueError where it is none."""
+        return Trained(**{**said, "history": [(s, v, c) for s, v, c in said["history"]]})
 
 
 @dataclass
@@ -307,8 +312,7 @@ def _reopen(
     try:
         said = parse_json((folder / FILE).read_text(encoding="utf-8"))
         recent, size = said.pop("recent"), said.pop("processes")
-        done = Trained(**said)
-        done = replace(done, history=[(s, v, c) for s, v, c in done.history])
+        done = Trained.from_dict(said)
         if size != ranks.size:
             raise OutputError(
                 f"{folder} was left by {size} processes, and this is one of {ranks.size}; start as many, "

@@ -36,13 +36,21 @@ from moecule.checkpoint import Checkpoint
 from moecule.errors import CheckpointError, RecipeError
 from moecule.family import Family
 from moecule.files import save_whole, writing
-from moecule.hf import PACKED, Streamed, auto_class, choose_experts, quiet, skeleton
+from moecule.hf import (
+    PACKED,
+    Streamed,
+    auto_class,
+    choose_experts,
+    quiet,
+    set_experts,
+    skeleton,
+)
 from moecule.moe import experts_in, find_layers, find_moe
 from moecule.names import names_in_memory
 from moecule.session import Compute, load, open_checkpoint
 from moecule.states import free_host_bytes
-from moecule.train.loop import local, whole
-from moecule.train.thaw import frozen, thaw, thawed_names
+from moecule.train.loop import whole
+from moecule.train.thaw import PLAIN, frozen, thaw, thawed_names
 
 Part = Literal["scales", "router", "norms", "lora", "experts", "all"]
 PARTS: tuple[str, ...] = get_args(Part)
@@ -115,11 +123,12 @@ def open_student(
         found = load(model, compute)
     else:
         found = _sharded(checkpoint, ranks.size, experts_over)
-    found.requires_grad_(False)
     if packed:
         thaw(found)
     else:
         choose_experts(found)
+        if experts_in(found)[0][1].config._experts_implementation == "grouped_mm":
+            set_experts(found, PLAIN)
     student = Student(found, checkpoint, family, compute, packed)
     mark(student, parts)
     _check_memory(student, beside)
@@ -191,8 +200,9 @@ def _sharded(checkpoint: Checkpoint, size: int, experts_over: int) -> Any:
 
 
 def mark(student: Student, parts: Sequence[str]) -> None:
-    """What moves wants a gradient. Raises RecipeError for a part that the model has none of."""
+    """Let `parts` alone want a gradient. Raises RecipeError for a part that the model has none of."""
     model = student.model
+    model.requires_grad_(False)
     thawed, inside = thawed_names(model), _expert_names(model)
     routers = _router_names(student)
     named = dict(model.named_parameters())
@@ -226,7 +236,7 @@ def relative_rates(module: nn.Module) -> dict[str, float]:
     As Adafactor's relative steps do (Shazeer and Stern 2018, arXiv:1804.04235).
     """
     thawed = thawed_names(module)
-    named = {n: local(p.detach()) for n, p in module.named_parameters() if n in thawed}
+    named = {n: whole(p.detach()) for n, p in module.named_parameters() if n in thawed}
     return {n: float(p.double().square().mean().sqrt()) for n, p in named.items()}
 
 

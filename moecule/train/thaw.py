@@ -26,7 +26,8 @@ from moecule.packed import affine, unpack
 from moecule.ragged import Ragged
 from moecule.runtime import MODEL_TYPE
 
-EXPERTS = "moecule_thawed"  # the name of `thawed_forward` in transformers' experts interface
+# names of `thawed_forward` and `plain_forward` in transformers' experts interface
+EXPERTS, PLAIN = "moecule_thawed", "moecule_plain"
 ALIGNED = 16  # bytes; torch's grouped product wants rows to begin at multiples
 
 
@@ -139,19 +140,35 @@ def _weight(module: Any, name: str) -> Float[Tensor, "*E M N"]:
     made: Tensor = _Dequantise.apply(  # type: ignore[no-untyped-call]
         codes, scale, zero, keep.bits, keep.group, columns
     )
-    kind = codes.device.type
-    return made.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else made
+    return cast(made)
+
+
+def cast(weight: Float[Tensor, "*E M N"]) -> Float[Tensor, "*E M N"]:
+    """In the precision of products: autocast passes grouped ones by."""
+    kind = weight.device.type
+    on = torch.is_autocast_enabled(kind)
+    return weight.to(torch.get_autocast_dtype(kind)) if on else weight
 
 
 class _Dense:
     """An experts module to transformers' functions, with weights that are given."""
 
-    def __init__(self, module: Any, up: Tensor, down: Tensor) -> None:
+    def __init__(self, module: Any, up: Tensor, down: Tensor, *, transposed: bool = False) -> None:
         vars(self).update({"_module": module, first_matrix(module): up, "down_proj": down})
-        self.num_experts, self.is_transposed = len(up), False
+        self.num_experts, self.is_transposed = len(up), transposed
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["_module"], name)
+
+
+def plain_forward(
+    self: Any, hidden: Float[Tensor, "T H"], idx: Int[Tensor, "T K"], coef: Float[Tensor, "T K"]
+) -> Float[Tensor, "T H"]:
+    """The forward of an experts module that was never packed: grouped products, in autocast's precision."""
+    up, down = cast(getattr(self, first_matrix(self))), cast(self.down_proj)
+    given = _Dense(self, up, down, transposed=self.is_transposed)
+    made: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](given, hidden, idx, coef)
+    return made
 
 
 def thawed_forward(
@@ -189,10 +206,9 @@ def _stacked(module: Any, name: str) -> Float[Tensor, "E M N"]:
 
 
 def _of_stack(stack: Any, name: str) -> Float[Tensor, "n M N"]:
-    made: Tensor = (
-        stack.get_parameter(f"{name}_weight") if stack.keep.bits == 16 else _weight(stack, name)
-    )
-    return made
+    if stack.keep.bits == 16:
+        return cast(stack.get_parameter(f"{name}_weight"))
+    return _weight(stack, name)
 
 
 def _one_by_one(
@@ -222,3 +238,4 @@ def _one_by_one(
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS, thawed_forward)
+ALL_EXPERTS_FUNCTIONS.register(PLAIN, plain_forward)
