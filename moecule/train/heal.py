@@ -32,7 +32,6 @@ from moecule.session import (
     ASSETS,
     Compute,
     Progress,
-    load,
     memory_bytes,
     noting,
     open_checkpoint,
@@ -52,6 +51,7 @@ from moecule.train.student import (
     changes,
     check_parts,
     open_student,
+    open_teacher,
     relative_rates,
     write_changed,
 )
@@ -279,7 +279,7 @@ def _teacher(
         teaching = compute.ranks.share("beside" if room else "said", 0)
     if teaching == "beside":
         del streamed
-        return load(teacher, compute).requires_grad_(False), None
+        return open_teacher(teacher, compute), None
     every, folder = torch.cat([windows, held]), journal.folder / "said"
     if compute.ranks.is_first:
         alone = Compute(compute.device, compute.dtype, compute.trust_remote_code, compute.states)

@@ -184,7 +184,7 @@ def _begin(
         {"params": [p], "weight_decay": schedule.decay * (p.dim() > 1), "share": rates.get(n, 1.0)}
         for n, p in named.items()
     ]
-    optimiser = torch.optim.AdamW(groups, lr=schedule.lr, betas=BETAS, foreach=False)
+    optimiser = torch.optim.AdamW(groups, lr=schedule.lr, betas=BETAS, fused=True)
     there = ranks.share(folder is not None and (folder / FILE).is_file(), 0)
     if there and folder is not None:
         return _reopen(named, optimiser, folder, ranks)
@@ -234,11 +234,10 @@ def clip(parameters: Iterable[nn.Parameter], most: float) -> float:
     torch's own refuses parameters that are sharded over different meshes.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    squares = [whole(torch.linalg.vector_norm(g)).double().square().cpu() for g in grads]
+    squares = [whole(torch.linalg.vector_norm(g)).double().square() for g in grads]
     norm = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
     if norm > most:
-        for grad in grads:
-            grad.mul_(most / norm)
+        torch._foreach_mul_([local(g) for g in grads], most / norm)
     return norm
 
 

@@ -126,9 +126,7 @@ def open_student(
     if packed:
         thaw(found)
     else:
-        choose_experts(found)
-        if experts_in(found)[0][1].config._experts_implementation == "grouped_mm":
-            set_experts(found, PLAIN)
+        _run_plain(found)
     student = Student(found, checkpoint, family, compute, packed)
     mark(student, parts)
     _check_memory(student, beside)
@@ -138,6 +136,21 @@ def open_student(
         fully_shard(found)
     found.config.use_cache = False
     return student
+
+
+def open_teacher(model: str | Path, compute: Compute) -> Any:
+    """A model to learn from, whole in every process. Raises CheckpointError where it does not load."""
+    teacher = load(model, compute).requires_grad_(False)
+    if open_checkpoint(model).config["model_type"] != PACKED:
+        _run_plain(teacher)
+    return teacher
+
+
+def _run_plain(model: Any) -> None:
+    """Grouped products in autocast's precision, where torch has them for the experts' widths."""
+    choose_experts(model)
+    if experts_in(model)[0][1].config._experts_implementation == "grouped_mm":
+        set_experts(model, PLAIN)
 
 
 def check_shared(

@@ -15,56 +15,57 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Int32
+from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moecule.forward import in_pieces
 from moecule.hf import set_experts
-from moecule.moe import activated, ended, first_matrix
-from moecule.packed import affine, unpack
+from moecule.moe import activated, ended, experts_in, first_matrix
+from moecule.packed import unpack
 from moecule.ragged import Ragged
 from moecule.runtime import MODEL_TYPE
 
 # names of `thawed_forward` and `plain_forward` in transformers' experts interface
 EXPERTS, PLAIN = "moecule_thawed", "moecule_plain"
+PACKED = "packed"  # the child of an experts module that holds its stacks
+BYTES = "code_bytes"  # of a thawed module: its codes, a byte each, by the name of the weight
+ORDER = "code_order"  # of thawed experts: where each lies when all stacks lie one after the other
 ALIGNED = 16  # bytes; torch's grouped product wants rows to begin at multiples
 
 
 class _Dequantise(torch.autograd.Function):
-    """Codes to weights. Nothing of the weights' size is kept for the backward pass but the codes."""
+    """Codes, a byte each, to weights. Nothing else of the weights' size is kept for the backward pass."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        codes: Int32[Tensor, "*E M words"],
+        codes: UInt8[Tensor, "*E M N"],
         scale: Float[Tensor, "*E M G"],
-        zero: Float[Tensor, "*E M G"] | None,
-        bits: int,
+        zero: Float[Tensor, "*E M G"],
         group: int,
-        columns: int,
     ) -> Float[Tensor, "*E M N"]:
-        scale = scale.half().float()
-        zero = None if zero is None else zero.half().float()
+        scale, zero = scale.half().float(), zero.half().float()
         ctx.save_for_backward(codes, scale, zero)
-        ctx.bits, ctx.group, ctx.columns = bits, group, columns
-        return affine(unpack(codes, bits, columns), scale, zero, group)
+        ctx.group = group
+        q = _grouped(codes, group).float()
+        made = (q.sub_(zero[..., None])).mul_(scale[..., None]).flatten(-2)
+        return made[..., : codes.shape[-1]]
 
     @staticmethod
     def backward(ctx: Any, grad: Float[Tensor, "*E M N"]) -> tuple[Tensor | None, ...]:
         codes, scale, zero = ctx.saved_tensors
-        q = unpack(codes, ctx.bits, ctx.columns).float()
-        of_scale = _by_group(grad * q, ctx.group)
-        total = _by_group(grad, ctx.group)
-        half = 0.5 if zero is None else zero
-        of_zero = None if zero is None else -total * scale
-        return None, of_scale - half * total, of_zero, None, None, None
+        by_group = _grouped(grad, ctx.group)
+        total = by_group.sum(-1)
+        of_codes = (by_group * _grouped(codes, ctx.group)).sum(-1)
+        return None, of_codes - zero * total, -total * scale, None
 
 
-def _by_group(x: Float[Tensor, "*E M N"], group: int) -> Float[Tensor, "*E M G"]:
-    """Sums over the columns that share a scale."""
+def _grouped(x: Shaped[Tensor, "*E M N"], group: int) -> Shaped[Tensor, "*E M G group"]:
+    """Columns by the scale that they share; past the last are zeros."""
     short = -x.shape[-1] % group
-    made: Tensor = nn.functional.pad(x, (0, short)).unflatten(-1, (-1, group)).sum(-1)
+    padded: Tensor = nn.functional.pad(x, (0, short)) if short else x
+    made: Tensor = padded.unflatten(-1, (-1, group))
     return made
 
 
@@ -77,15 +78,33 @@ def packed_in(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 @torch.no_grad()
 def thaw(model: nn.Module) -> None:
-    """Make scales and zero points parameters, in place. `freeze` is the way back."""
+    """Make scales and zero points parameters, in place, of a model that is where it runs; `freeze` undoes it."""
     for _, module, name in packed_in(model):
+        keep, columns = module.widths[name]  # type: ignore[index]
+        codes = unpack(module.get_buffer(f"{name}_codes"), keep.bits, columns).to(torch.uint8)
+        vars(module).setdefault(BYTES, {})[name] = codes  # no buffer: no checkpoint holds it
         for part in (f"{name}_scale", f"{name}_zero"):
             if part in module._buffers:
                 stored: Any = module._buffers.pop(part)
                 module.register_parameter(part, nn.Parameter(stored.view(torch.float16).float()))
         if name == "weight":  # of a Linear or a router; stacks of experts are read below
             _give_class(module)
+    for _, module in experts_in(model):
+        if PACKED in module._modules:
+            vars(module)[ORDER] = _order(module)
+            _put_in_order(module)
     set_experts(model, EXPERTS)
+
+
+def _put_in_order(module: Any) -> None:
+    """Codes of all stacks in the order of the experts, where one product of all is to be made of them."""
+    stacks = [*module.packed.values()]
+    if any(isinstance(stack, Ragged) or stack.keep.bits == 16 for stack in stacks):
+        return
+    if len({stack.keep.group for stack in stacks}) == 1:
+        at = vars(module)[ORDER]
+        of = [vars(stack).pop(BYTES) for stack in stacks]
+        vars(module)[BYTES] = {n: torch.cat([codes[n] for codes in of])[at] for n in of[0]}
 
 
 @torch.no_grad()
@@ -98,6 +117,9 @@ def freeze(model: nn.Module) -> None:
                 module.register_buffer(part, frozen(parameter.detach()))
         if type(module) in _thawed_classes.values():
             (module.__class__,) = type(module).__bases__
+    for module in model.modules():
+        for mark in (BYTES, ORDER):
+            vars(module).pop(mark, None)
     set_experts(model, MODEL_TYPE)
 
 
@@ -131,15 +153,21 @@ def _give_class(module: nn.Module) -> None:
     module.__class__ = _thawed_classes[base]
 
 
+def _scales(module: Any, name: str) -> tuple[Tensor, Tensor]:
+    """(scales, zero points) of a packed weight."""
+    scale: Tensor = module.get_parameter(f"{name}_scale")
+    if module.widths[name][0].bits == 1:
+        return scale, torch.full_like(scale, 0.5)
+    return scale, module.get_parameter(f"{name}_zero")
+
+
 def _weight(module: Any, name: str) -> Float[Tensor, "*E M N"]:
     """A packed weight whose scales are parameters, unpacked."""
-    keep, columns = module.widths[name]
-    scale = module.get_parameter(f"{name}_scale")
-    zero = None if keep.bits == 1 else module.get_parameter(f"{name}_zero")
-    codes = module.get_buffer(f"{name}_codes")
-    made: Tensor = _Dequantise.apply(  # type: ignore[no-untyped-call]
-        codes, scale, zero, keep.bits, keep.group, columns
-    )
+    return _made(vars(module)[BYTES][name], *_scales(module, name), module.widths[name][0].group)
+
+
+def _made(codes: Tensor, scale: Tensor, zero: Tensor, group: int) -> Float[Tensor, "*E M N"]:
+    made: Tensor = _Dequantise.apply(codes, scale, zero, group)  # type: ignore[no-untyped-call]
     return cast(made)
 
 
@@ -193,16 +221,21 @@ def thawed_forward(
 
 def _stacked(module: Any, name: str) -> Float[Tensor, "E M N"]:
     """One matrix of all experts, or of all pieces of them, in their order."""
-    stacks = {kind: _of_stack(stack, name) for kind, stack in module.packed.items()}
-    if len(stacks) == 1:
-        return next(iter(stacks.values()))
+    stacks, at = [*module.packed.values()], vars(module)[ORDER]
+    if BYTES not in vars(module):
+        return torch.cat([_of_stack(stack, name) for stack in stacks])[at]
+    scales = [_scales(stack, name) for stack in stacks]
+    scale, zero = (torch.cat([pair[i] for pair in scales])[at] for i in (0, 1))
+    return _made(vars(module)[BYTES][name], scale, zero, stacks[0].keep.group)
+
+
+def _order(module: Any) -> Int[Tensor, " E"]:
+    """What ORDER says."""
     firsts, total = {}, 0
-    for kind, stack in stacks.items():
-        firsts[kind], total = total, total + len(stack)
-    at = [firsts[kind] + row for kind, row in module.slots]
-    return torch.cat([*stacks.values()])[
-        torch.tensor(at, device=next(iter(stacks.values())).device)
-    ]
+    for kind, stack in module.packed.items():
+        firsts[kind], total = total, total + sum(k == kind for k, _ in module.slots)
+        device = next(stack.parameters()).device
+    return torch.tensor([firsts[kind] + row for kind, row in module.slots], device=device)
 
 
 def _of_stack(stack: Any, name: str) -> Float[Tensor, "n M N"]:
