@@ -78,7 +78,7 @@ def packed_in(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 @torch.no_grad()
 def thaw(model: nn.Module) -> None:
-    """Make scales and zero points parameters, in place, of a model that is where it runs; `freeze` undoes it."""
+    """Make scales and zero points parameters, in place, once the model is where it runs; see `freeze`."""
     for _, module, name in packed_in(model):
         keep, columns = module.widths[name]  # type: ignore[index]
         codes = unpack(module.get_buffer(f"{name}_codes"), keep.bits, columns).to(torch.uint8)
