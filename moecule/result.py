@@ -45,13 +45,11 @@ class Result:
         default_factory=dict
     )  # host and device, of compress
     seconds: Mapping[str, float] = field(default_factory=dict)  # by verb
-    # {task: {metric, metric_stderr, n}}; the original's; what changed, by the items' own differences
+    # {task: {metric, metric_stderr, n}}, and what changed, by the items' own differences
     tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    original_tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     task_changes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     suite: Mapping[str, Any] = field(default_factory=dict)  # what was asked, and by what
     throughput: Throughput | None = None
-    original_throughput: Throughput | None = None
     digest: str | None = None  # of the checkpoint
     text_digests: Mapping[str, str] = field(default_factory=dict)  # of the tokens, by file
     step_bytes: float | None = (
@@ -121,7 +119,7 @@ def table(before: Result, after: Result) -> list[tuple[str, str, str, str]]:
             ratio=True,
         )
     )
-    return rows + _throughput_rows(before, after) + _task_rows(after)
+    return rows + _throughput_rows(before, after) + _task_rows(before, after)
 
 
 def _throughput_rows(before: Result, after: Result) -> list[tuple[str, str, str, str]]:
@@ -137,17 +135,17 @@ def _throughput_rows(before: Result, after: Result) -> list[tuple[str, str, str,
     ]
 
 
-def _task_rows(after: Result) -> list[tuple[str, str, str, str]]:
+def _task_rows(before: Result, after: Result) -> list[tuple[str, str, str, str]]:
     """Each metric with its standard error; the change's is of the items' own differences."""
     return [
         (
             f"{task}, {metric}",
-            shown(after.original_tasks[task], metric),
+            shown(before.tasks[task], metric),
             shown(row, metric),
             shown(after.task_changes[task], metric, "+"),
         )
         for task, row, metric in told(after)
-        if after.original_tasks
+        if before.tasks
     ]
 
 
@@ -169,7 +167,9 @@ def told(result: Result) -> list[tuple[str, Mapping[str, float], str]]:
 
 
 def shown(row: Mapping[str, float], metric: str, sign: str = "") -> str:
-    """A metric and its standard error, for a person."""
+    """A metric and its standard error, for a person; "absent" where it was not measured."""
+    if metric not in row:
+        return "absent"
     error = row.get(f"{metric}_stderr")
     return f"{row[metric]:{sign}.4f}" + ("" if error is None else f" \u00b1 {error:.4f}")
 
@@ -196,9 +196,8 @@ def load_result(path: Path) -> Result:
 
 def _result(doc: dict[str, Any]) -> Result:
     doc["by_file"] = {k: Loss(**v) for k, v in doc["by_file"].items()}
-    for name in ("throughput", "original_throughput"):
-        if doc.get(name) is not None:
-            doc[name] = Throughput(**doc[name])
+    if doc.get("throughput") is not None:
+        doc["throughput"] = Throughput(**doc["throughput"])
     if doc.get("sampled"):
         doc["sampled"] = _sampled(doc["sampled"])
     if doc.get("original"):
