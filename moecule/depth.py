@@ -146,6 +146,6 @@ def _sums(
     """(loss, the original's, KL), summed over tokens; heads and final norms are the original's."""
     total = torch.zeros(4, dtype=torch.float64)
     for b, batch in enumerate(sample):
-        total += batch_sums(original, states[b], batch, (original, walked.last[b]))
+        total += batch_sums(original, states[b], batch, (original, walked.last[b])).sum(0)
     loss, theirs, kl, _ = total.tolist()
     return loss, theirs, kl

@@ -36,7 +36,7 @@ def report(folders: Sequence[str | Path], out: str | Path = "report.html") -> tu
     pages = [page_of(run, f"r{k}") for k, run in enumerate(runs)]
     if len(runs) > 1:
         why = difference(runs)
-        pages.insert(0, compare_page(runs, "c", why))
+        pages.insert(0, compare_page(runs, "c", why, runs[0]))
     return write_pages(pages, Path(out))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +14,8 @@ from moecule.depth import Depth, Sampled, Skipped
 from moecule.errors import DataError
 from moecule.files import parse_json
 from moecule.measure import Loss, Throughput
+
+_NUMBERS = re.compile(r"\[\n[\s\d.,e+-]+\]")
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,9 @@ class Result:
     original: Result | None = None  # measured beside it
 
     def dumps(self) -> str:
-        """As JSON."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        """As JSON; a list of numbers is one line."""
+        text = json.dumps(asdict(self), indent=2)
+        return _NUMBERS.sub(lambda found: " ".join(found[0].split()), text) + "\n"
 
 
 def mean_loss(by_file: Mapping[str, Loss]) -> dict[str, float | None]:
@@ -195,14 +199,26 @@ def load_result(path: Path) -> Result:
 
 
 def _result(doc: dict[str, Any]) -> Result:
-    doc["by_file"] = {k: Loss(**v) for k, v in doc["by_file"].items()}
+    doc["by_file"] = {name: _loss(of) for name, of in doc["by_file"].items()}
     if doc.get("throughput") is not None:
         doc["throughput"] = Throughput(**doc["throughput"])
     if doc.get("sampled"):
         doc["sampled"] = _sampled(doc["sampled"])
     if doc.get("original"):
         doc["original"] = _result(doc["original"])
+    of = [doc["original"].by_file] if doc.get("original") else []
+    of += [doc["text_digests"]] if doc.get("text_digests") else []
+    if any(set(other) != set(doc["by_file"]) for other in of):
+        raise ValueError("texts differ within it")
     return Result(**doc)
+
+
+def _loss(doc: dict[str, Any]) -> Loss:
+    tokens, nats = (tuple(doc.get(name, ())) for name in ("window_tokens", "window_nats"))
+    found = Loss(**{**doc, "window_tokens": tokens, "window_nats": tuple(map(float, nats))})
+    if len(tokens) != len(nats) or (tokens and sum(tokens) != found.tokens):
+        raise ValueError("windows do not add up to their text")
+    return found
 
 
 def _sampled(doc: dict[str, Any]) -> Sampled:

@@ -7,6 +7,7 @@ from typing import Any
 
 from moecule.blocks import Bar, Cell, Section, Table, Tile
 from moecule.budget import format_size
+from moecule.paired import gap
 from moecule.plan import Keep
 from moecule.result import Result, in_groups, shown
 from moecule.run import Run
@@ -55,6 +56,11 @@ def cost_section(run: Run) -> Section:
         f"Loss in nats a token on text that calibration did not see, in windows of {r.window} tokens, "
         f"each cold; {r.dtype}. Experts run: {100 * r.experts_run:.1f} % of the pairs."
     )
+    if r.original is not None:
+        found = gap(r.by_file, r.original.by_file)
+        text += f" Added: {found} nats" + (
+            ", the 95 % interval over windows." if found.half is not None else "."
+        )
     notes = () if r.original is not None else (f"The original's figures are absent. {AGAIN}",)
     return Section("What it cost", text, (), (Table.of("By text", head, rows),), notes)
 
