@@ -8,7 +8,7 @@ from typing import Any
 from moecule.blocks import Bar, Cell, Section, Table, Tile
 from moecule.budget import format_size
 from moecule.paired import gap
-from moecule.plan import Keep
+from moecule.plan import Keep, Plan
 from moecule.result import Result, in_groups, shown
 from moecule.run import Run
 
@@ -148,9 +148,8 @@ def byte_section(run: Run) -> Section:
     return Section("Bytes by part", text, (), (Table.of("Bytes", head, [*rows, tuple(total)]),))
 
 
-def plan_section(run: Run) -> Section:
+def plan_section(plan: Plan) -> Section:
     """What the plan decides, and the plan itself."""
-    plan = run.plan
     fates: dict[str, int] = {}
     for of in plan.layers.values():
         for fate in of:
