@@ -51,7 +51,7 @@ def card(source: Checkpoint, model_type: str, size_bytes: int, dtype: str, check
             ]
         ),
     )
-    return head_of(licence) + "\n" + markdown([page])
+    return head_of({"library_name": "transformers", **licence}) + "\n" + markdown([page])
 
 
 def _plan(folder: Path) -> Plan | None:

@@ -24,7 +24,7 @@ def licence_of(folder: Path) -> dict[str, Any]:
     return {key: said[key] for key in KEYS if said.get(key)} if isinstance(said, dict) else {}
 
 
-def head_of(licence: dict[str, Any]) -> str:
-    """The YAML for another card of the same licence."""
-    said = yaml.safe_dump({"library_name": "transformers", **licence}, sort_keys=False)
-    return f"---\n{said}---\n"
+def head_of(said: dict[str, Any]) -> str:
+    """The YAML that says so in another card."""
+    text = yaml.safe_dump(said, sort_keys=False)
+    return f"---\n{text}---\n"
