@@ -14,6 +14,7 @@ from moecule.depth import Depth, Sampled, Skipped
 from moecule.errors import DataError
 from moecule.files import parse_json
 from moecule.measure import Loss, Throughput
+from moecule.paired import gap
 
 _NUMBERS = re.compile(r"\[\n[\s\d.,e+-]+\]")
 
@@ -98,7 +99,12 @@ def table(before: Result, after: Result) -> list[tuple[str, str, str, str]]:
             after.model_bits_per_weight,
             "{:.2f}",
         ),
-        _row("loss, nats a token", before.loss_nats, after.loss_nats, "{:.4f}"),
+        (
+            "loss, nats a token",
+            f"{before.loss_nats:.4f}",
+            f"{after.loss_nats:.4f}",
+            str(gap(after.by_file, before.by_file)),
+        ),
         _row("perplexity", before.perplexity, after.perplexity, "{:.3f}"),
     ]
     if after.kl_nats is not None and after.top1_agreement is not None:
