@@ -17,6 +17,7 @@ from moecule import runtime
 from moecule.batch import Batch
 from moecule.errors import PlanError
 from moecule.experts import Expert, Experts
+from moecule.family import Family
 from moecule.hf import Streamed
 from moecule.inventory import rest_parts
 from moecule.journal import NO_TRAIL, Trail
@@ -29,6 +30,8 @@ from moecule.recipe import Part, part_of
 from moecule.runs import in_runs, run_of
 from moecule.sparse import Masker, zero_weights
 from moecule.states import States
+from moecule.target import check_plan as check_loads
+from moecule.target import target_of
 from moecule.unite import check_merges, take_away
 from moecule.walk import Step, Tick, finish, walk
 from moecule.width import width_key
@@ -212,7 +215,7 @@ def apply_plan(
         _masker(plan.sparse)  # raises RecipeError for what is no method
     codec = Codec(load_method(encode.method, "encode"), encode.options)
     key = key_of(streamed, plan)
-    check_target(plan, key)
+    check_target(plan, key, streamed.family)
     stock, first = is_stock(plan, key), streamed.ranks.is_first
     if first and trail.done("up") == 0:
         names = set(streamed.outer_names())
@@ -270,13 +273,23 @@ def _masker(sparse: Sparse) -> Masker:
     return Masker(load_method(part.method, "mask"), part.options)
 
 
-def check_target(plan: Plan, key: str | None) -> None:
-    """Raise PlanError for a plan that was made for a target (target.py) and makes no stock checkpoint.
+def check_target(plan: Plan, key: str | None, family: Family) -> None:
+    """Raise PlanError for a plan that was made for a target (target.py) and makes what that does not load.
 
-    `key`: of `key_of`.
+    `key`: of `key_of`. Raises RecipeError for widths that the target does not take.
     """
     target = plan.made_by.get("target")
     if target is None or is_stock(plan, key):
+        return
+    takes = target_of(target)
+    rounds = not plan.leaves_experts or any(f.bits < 16 for f in plan.rest.values())
+    if takes.most_bits and rounds and not (plan.narrowed and key is None) and plan.skip is None:
+        check_loads(plan, target)
+        if family.model_type not in takes.families:
+            raise PlanError(
+                f"the plan is for {target}, which takes codes of {', '.join(takes.families)}, and this is "
+                f"{family.model_type}; plan with --bits 16 and a recipe that drops, or without --target"
+            )
         return
     why = "it was edited: experts are rounded or skipped, or layers keep different numbers of them"
     if plan.narrowed and key is None:

@@ -208,6 +208,8 @@ def decide(recipe: Recipe, ask: Ask, stats: Stats, inventory: Inventory) -> Plan
         made = _merging(recipe, stats, going, made)
     if made.ordered and isinstance(going, Narrowing):
         made = with_order(made, going.order())
+    if ask.target is not None:
+        check_plan(made, ask.target)
     left = survivors(recipe, stats, kept)
     return _skipping(_sparse(made, recipe, left), recipe.skip, left)
 

@@ -10,9 +10,14 @@ from moecule.blocks import Bar, Cell, Figure, Page, Section, Table, Tile
 from moecule.budget import format_size
 from moecule.drawing import Named, Point, front, points
 from moecule.errors import DataError
+from moecule.paired import Gap, gap
 from moecule.run import Run, read_runs
 
 PLOT = (56, 14)  # columns and rows of the plot in text
+HEAD = (
+    *("model", "added loss", "to the first", "size", "of the original", "true bits", "nominal bits"),
+    *("KL", "perplexity", "same token", "prompt tokens/s", "decoded tokens/s", "recipe"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,7 @@ class Comparison:
     """Of models that were measured alike, by size."""
 
     runs: tuple[Run, ...]
+    gaps: tuple[Gap, ...]  # of each run's loss to that of the folder named first
     page: Page
 
     @property
@@ -42,7 +48,8 @@ def _compared(folders: Sequence[str | Path]) -> Comparison:
     if why is not None:
         raise DataError(why)
     ordered = tuple(sorted(runs, key=lambda run: (run.result.size_bytes, run.result.loss_nats)))
-    return Comparison(ordered, compare_page(ordered, "c", None))
+    found = tuple(_gaps(ordered, runs[0]))
+    return Comparison(ordered, found, compare_page(ordered, "c", None, runs[0]))
 
 
 def difference(runs: Sequence[Run]) -> str | None:
@@ -76,14 +83,22 @@ def _measured(run: Run) -> dict[str, str]:
     }
 
 
-def compare_page(runs: Sequence[Run], key: str, why: str | None) -> Page:
-    """One table, and points: loss against bytes, and against speed. `why` they cannot be compared."""
+def _gaps(runs: Sequence[Run], first: Run) -> list[Gap]:
+    return [gap(run.result.by_file, first.result.by_file) for run in runs]
+
+
+def compare_page(runs: Sequence[Run], key: str, why: str | None, first: Run) -> Page:
+    """One table, and points: loss against bytes, and against speed. `why` they cannot be compared.
+
+    `first`: the one of them that the others' losses are set against, window by window.
+    """
     title = "Beside each other"
     if why is not None:
         return Page(title, "", (), (Section("Not compared", notes=(f"{why}.",)),))
     r = runs[0].result
     loss = None if r.original is None else r.original.loss_nats
-    table = _table(runs)
+    gaps = _gaps(runs, first)
+    table = _table(runs, first, gaps)
     figures = [_against_bytes(runs, key, table)]
     timed = [run for run in runs if run.result.decode_tokens_per_s is not None]
     if len(timed) > 1:
@@ -96,7 +111,7 @@ def compare_page(runs: Sequence[Run], key: str, why: str | None) -> Page:
     if loss is not None:
         text += f" The original's loss is {loss:.4f} nats a token."
     sections = (
-        Section("Figures", "* marks what no other beats in both bytes and loss.", (), (table,)),
+        Section("Figures", _legend(first, gaps), (), (table,), _absent(runs, first, gaps)),
         Section("Loss against bytes and speed", "In bold: beaten by none in both.", tuple(figures)),
     )  # fmt: skip
     best = min(runs, key=lambda run: run.result.loss_nats)
@@ -119,17 +134,37 @@ def _points(runs: Sequence[Run]) -> list[Point]:
     return [Point(run.name, run.result.size_bytes / 1e6, _added(run)) for run in runs]
 
 
-def _table(runs: Sequence[Run]) -> Table:
+def _legend(first: Run, gaps: Sequence[Gap]) -> str:
+    text = f"* marks what no other beats in both bytes and loss. To the first: the loss less {first.name}'s"
+    if any(d.half for d in gaps):
+        text += ", with the 95 % interval of that over the same windows"
+    return f"{text}."
+
+
+def _absent(runs: Sequence[Run], first: Run, gaps: Sequence[Gap]) -> tuple[str, ...]:
+    """Why there are no intervals, each reason once."""
+    lacking: dict[str, list[str]] = {}
+    for run, found in zip(runs, gaps, strict=True):
+        if found.why is not None and run is not first:
+            lacking.setdefault(found.why, []).append(run.name)
+    return tuple(
+        f"No interval between {first.name} and {', '.join(names)}: {why}."
+        for why, names in lacking.items()
+    )
+
+
+def _table(runs: Sequence[Run], first: Run, gaps: Sequence[Gap]) -> Table:
     best = {p.name for p in front(_points(runs))}
     most = max(max(map(_added, runs)), 1e-300)
     rows: list[tuple[Cell, ...]] = []
-    for run in runs:
+    for run, found in zip(runs, gaps, strict=True):
         r, before = run.result, run.result.original
         added = _added(run)
         rows.append(
             (
                 f"{run.name} *" if run.name in best else run.name,
                 Bar(f"{added:+.4f}", max(added, 0.0) / most, "worse"),
+                "" if run is first else str(found),
                 format_size(r.size_bytes),
                 "" if before is None else f"{100 * r.size_bytes / before.size_bytes:.1f} %",
                 f"{r.bits_per_weight:.2f}",
@@ -142,11 +177,7 @@ def _table(runs: Sequence[Run]) -> Table:
                 run.recipe,
             )
         )
-    head = (
-        *("model", "added loss", "size", "of the original", "true bits", "nominal bits", "KL"),
-        *("perplexity", "same token", "prompt tokens/s", "decoded tokens/s", "recipe"),
-    )  # fmt: skip
-    return Table.of("By size", head, rows)
+    return Table.of("By size", HEAD, rows)
 
 
 def _rate(value: float | None) -> str:
@@ -158,7 +189,7 @@ def _against_bytes(runs: Sequence[Run], key: str, table: Table) -> Figure:
     best = ", ".join(p.name for p in front(shown))
     named = Named(f"{key}-bytes", "Added loss against true bytes", f"No other beats: {best}.")
     svg = points(named, shown, "size on disk, MB", "added loss, nats a token")
-    return Figure(named.title, svg, _of(table, 2), note=named.text)
+    return Figure(named.title, svg, _of(table, "size"), note=named.text)
 
 
 def _against_speed(runs: Sequence[Run], key: str, table: Table) -> Figure:
@@ -166,26 +197,30 @@ def _against_speed(runs: Sequence[Run], key: str, table: Table) -> Figure:
     best = ", ".join(p.name for p in front(shown, more_is_better=True))
     named = Named(f"{key}-speed", "Added loss against speed", f"No other beats: {best}.")
     svg = points(named, shown, "decoded tokens/s", "added loss, nats a token", more_is_better=True)
-    return Figure(named.title, svg, _of(table, 10), note=named.text)
+    return Figure(named.title, svg, _of(table, "decoded tokens/s"), note=named.text)
 
 
-def _of(table: Table, column: int) -> Table:
+def _of(table: Table, column: str) -> Table:
     """The model, the column and the added loss."""
-    keep = (0, column, 1)
-    head = [table.head[c] for c in keep]
-    rows = [[_plain(row[c]) for c in keep] for row in table.rows]
+    head = ("model", column, "added loss")
+    rows = [_cells(row, head) for row in table.rows]
     return Table.of("All numbers", head, rows, folded=True)
 
 
-def _plain(cell: Cell) -> str:
-    return cell.text if isinstance(cell, Bar) else cell
+def _cells(row: Sequence[Cell], columns: Sequence[str]) -> list[str]:
+    """Of these columns, as text."""
+    cells = [row[HEAD.index(name)] for name in columns]
+    return [cell.text if isinstance(cell, Bar) else cell for cell in cells]
 
 
 def text_table(found: Comparison) -> str:
     """For a terminal; the first column is a model's letter in `text_plot`. Nothing is cut off."""
-    keep = (0, 1, 2, 4, 6, 7, 10)
-    rows = [("", *(found.table.head[c] for c in keep))]
-    rows += [(letter(k), *(_plain(row[c]) for c in keep)) for k, row in enumerate(found.table.rows)]
+    keep = (
+        *("model", "added loss", "to the first", "size", "true bits"),
+        *("KL", "perplexity", "decoded tokens/s"),
+    )
+    rows: list[tuple[str, ...]] = [("", *keep)]
+    rows += [(letter(k), *_cells(row, keep)) for k, row in enumerate(found.table.rows)]
     wide = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
     lines = [
         "  ".join(
@@ -194,7 +229,8 @@ def text_table(found: Comparison) -> str:
         )
         for row in rows
     ]
-    return "\n".join(line.rstrip() for line in lines)
+    notes = ("", *found.page.sections[0].notes) if found.page.sections[0].notes else ()
+    return "\n".join([*(line.rstrip() for line in lines), *notes])
 
 
 def readme_table(root: Path) -> str:
@@ -206,7 +242,8 @@ def readme_table(root: Path) -> str:
     for model in sorted(p for p in root.iterdir() if p.is_dir()):
         found = _compared(sorted(p.parent for p in model.glob("*/result.json")))
         for run, row in zip(found.runs, found.table.rows, strict=True):
-            cells = [f"`{run.name}`", *(_plain(row[c]) for c in (4, 2, 3, 1, 6, 8))]
+            shown = ("true bits", "size", "of the original", "added loss", "KL", "same token")
+            cells = [f"`{run.name}`", *_cells(row, shown)]
             lines.append(f"| {' | '.join([model.name, *cells])} |")
     return "\n".join(lines) + "\n"
 

@@ -160,7 +160,7 @@ def _check(
     ask.check(recipe, inventory)
     if ask.target is not None:
         foreseen = replace(foresee(recipe, ask, inventory), made_by={"target": ask.target})
-        check_target(foreseen, key_of(streamed, foreseen))
+        check_target(foreseen, key_of(streamed, foreseen), streamed.family)
     if text:
         evaluation_batches(streamed.model.config, path, text, 0, None, recipe.data)
 

@@ -21,6 +21,7 @@ from moecule.states import States
 from moecule.walk import Calls, Step, Tick, Walked, finish, walk
 
 SAMPLE_TOKENS = 4096  # at most
+BESIDE = 2  # of the sample's states, besides one for every layer: on their way in, and out
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,10 @@ def by_depth(
 
     def go_on(step: Step) -> None:
         step.run()
-        mixed[:] = [_through(step, states) for states in mixed] + [left[step.index]]
-        errors.append(_error(left[step.index], step.outputs))
+        for k in range(len(mixed)):  # one by one: what a sample was is let go of
+            mixed[k] = _through(step, mixed[k])
+        mixed.append(left.pop(0))
+        errors.append(_error(mixed[-1], step.outputs))
 
     walked = finish(walk(original, sample, tick), go_on)
     sums = [_sums(original, states, walked, sample) for states in mixed]
@@ -146,6 +149,6 @@ def _sums(
     """(loss, the original's, KL), summed over tokens; heads and final norms are the original's."""
     total = torch.zeros(4, dtype=torch.float64)
     for b, batch in enumerate(sample):
-        total += batch_sums(original, states[b], batch, (original, walked.last[b]))
+        total += batch_sums(original, states[b], batch, (original, walked.last[b])).sum(0)
     loss, theirs, kl, _ = total.tolist()
     return loss, theirs, kl

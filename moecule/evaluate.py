@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from moecule.batch import Batch, digest, n_predicted, n_tokens, shape_of
+from moecule.batch import Batch, digest, n_predicted, n_tokens, rows_of, shape_of
 from moecule.data import Sampling
 from moecule.depth import Sampled, by_depth, sample_of
 from moecule.errors import CheckpointError, DataError, PlanError
@@ -25,9 +26,17 @@ from moecule.evidence import command_line, versions
 from moecule.hf import Streamed
 from moecule.inventory import step_bytes, weigh
 from moecule.journal import Journal, Trail, journal_of
-from moecule.measure import Loss, batch_sums, device_name, loss_of, read_rate
+from moecule.measure import (
+    Loss,
+    batch_sums,
+    device_name,
+    loss_of,
+    original_loss_of,
+    read_rate,
+)
 from moecule.online import experts_run, has_skip
 from moecule.plan import Plan
+from moecule.ranks import Ranks
 from moecule.result import Result, mean_loss
 from moecule.session import (
     Compute,
@@ -45,7 +54,7 @@ from moecule.walk import finish, walk
 from moecule.whole import Whole, measure_whole, of_tasks, prepared, room_of, wanted
 
 MOST_NATS = 700.0  # exp() of more is no float, and no model that computes is so bad
-# in the journal: a batch, and `batch_sums` of each process; the walks of the model and the original
+# in the journal: a batch, and `batch_sums` of each process, padded; the walks of the model and the original
 SUMS, WALKS = "sums", ("", "original_")
 
 
@@ -87,7 +96,7 @@ def evaluate(
     more = wanted(given, room, prepared(_one_by_one(suite, skip), (streamed, original)))
     start = time.perf_counter()
     with _noting(beside, streamed, original, given, compute) as journal:
-        by_file = _losses(streamed, original, given, compute, progress, journal)
+        by_file, theirs = _losses(streamed, original, given, compute, progress, journal)
     seconds = {"evaluate": round(time.perf_counter() - start, 2)}
     timed = ticker(progress, "speed", 1 if against is None else 2)
 
@@ -100,7 +109,6 @@ def evaluate(
 
     first: Whole | None = None
     if original is not None:
-        theirs = {name: _of_original(r) for name, r in by_file.items()}
         first, before = measured(original, against, theirs, "tasks of the original")
     whole, after = measured(streamed, model, by_file, "tasks", skip=skip)
     after = replace(after, seconds=seconds, **of_tasks(first, whole, more.tasks))
@@ -124,10 +132,6 @@ def _noting(
     return journal_of(beside, _request(streamed, original, given, compute), compute.ranks)
 
 
-def _of_original(loss: Loss) -> Loss:
-    return Loss(loss.original_loss_nats or 0.0, loss.tokens, 0.0, 1.0, loss.original_loss_nats)
-
-
 def _one_by_one(suite: Suite | None, skip: bool) -> Suite | None:
     """Skipping reads what each token received, and what pads a batch would be heard."""
     return replace(suite, batch=1) if suite is not None and skip else suite
@@ -143,6 +147,7 @@ def _request(
     models = [m for m in (streamed, original) if m is not None]
     return {
         "verb": "evaluate",
+        "sums": "of windows",
         "processes": compute.ranks.size,
         "digests": [m.checkpoint.digest for m in models],
         "plan": _plan_digest(streamed.checkpoint.path),
@@ -159,8 +164,8 @@ def _losses(
     compute: Compute,
     progress: Progress,
     journal: Journal | None,
-) -> dict[str, Loss]:
-    """By file. One decoder layer is in memory at a time, of one model after the other.
+) -> tuple[dict[str, Loss], dict[str, Loss]]:
+    """By file, and the original's. One decoder layer is in memory at a time, of one model after the other.
 
     What the journal has, layers of either model and sums of batches, is not done again.
     """
@@ -169,7 +174,7 @@ def _losses(
     ranks, mine = compute.ranks, compute.ranks.mine(batches)
     tokens = sum(map(n_tokens, given.values()))
     tick = ticker(progress, "evaluate", sum(len(m.layers) for m in models), tokens)
-    sums = {name: torch.zeros(4, dtype=torch.float64) for name in given}
+    most = max(len(rows_of(batch)) for _, batch in batches)
     known = {} if journal is None else journal.done(SUMS)
     left = [b for b in range(-(-len(batches) // ranks.size)) if b not in known]
     with tempfile.TemporaryDirectory() as scratch:
@@ -184,24 +189,37 @@ def _losses(
             up = walk(m, [part for _, part in mine], tick, trail)
             last.append(finish(up).last)
         for b in left:
-            of_all = torch.zeros(ranks.size, 4, dtype=torch.float64)
+            of_all = torch.zeros(ranks.size, most, 4, dtype=torch.float64)
             if b < len(mine):  # others may have one more
                 against = None if original is None else (original, last[1][b])
-                of_all[ranks.rank] = batch_sums(streamed, last[0][b], mine[b][1], against)
+                sums = batch_sums(streamed, last[0][b], mine[b][1], against)
+                of_all[ranks.rank, : len(sums)] = sums
             known[b] = {SUMS: b, "of": ranks.add_up(of_all).tolist()}
             if journal is not None:
                 journal.add(known[b])
         for states in last:
             states.drop()
-    for b, (name, _) in enumerate(mine):
-        sums[name] += torch.tensor(known[b]["of"][ranks.rank], dtype=torch.float64)
+    of_each = _by_window(known, batches, ranks)
+    ours = {name: loss_of(*of, against=original is not None) for name, of in of_each.items()}
+    if original is None:
+        return ours, {}
+    return ours, {name: original_loss_of(*of) for name, of in of_each.items()}
+
+
+def _by_window(
+    known: Mapping[int, Any], batches: Sequence[tuple[str, Batch]], ranks: Ranks
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """{file: (`batch_sums` of its windows in order, tokens of each that have a loss)}."""
+    sums: dict[str, list[Any]] = {name: [] for name, _ in batches}
+    tokens: dict[str, list[int]] = {name: [] for name, _ in batches}
+    for rank in range(ranks.size):
+        for b, (name, batch) in enumerate(Ranks(rank, ranks.size).mine(batches)):
+            rows = rows_of(batch)
+            sums[name] += known[b]["of"][rank][: len(rows)]
+            tokens[name] += [n_predicted([row]) for row in rows]
     return {
-        name: loss_of(
-            compute.ranks.add_up(sums[name]),
-            n_predicted(of),
-            against=original is not None,
-        )
-        for name, of in given.items()
+        name: (torch.tensor(of, dtype=torch.float64), torch.tensor(tokens[name]))
+        for name, of in sums.items()
     }
 
 

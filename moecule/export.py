@@ -19,9 +19,11 @@ from torch import Tensor
 from moecule.budget import format_size
 from moecule.errors import RecipeError, VerifyError
 from moecule.files import write_text, writing
+from moecule.journal import only_one
+from moecule.licence import CARD
 from moecule.session import Compute, Progress, load, silent, ticker, tokenizer_of
 from moecule.states import free_host_bytes
-from moecule.writer import check_out, move_into
+from moecule.writer import check_out, put_in_place
 
 if TYPE_CHECKING:
     from moecule.exports.change import Change
@@ -39,7 +41,7 @@ class Exported:
     to: str
     model: str
     digest: str
-    size_bytes: int
+    size_bytes: int  # of all files
     changes: tuple[Change, ...]
     left_out: tuple[str, ...]  # what the other engine does not do
     checked: str  # who opened it
@@ -75,9 +77,9 @@ def export(
         raise RecipeError(
             f"--type is of gguf, and --to {to} has one way to store a width; leave it out"
         )
-    check_out(out, set())
+    check_out(out, set(), ours=False)
     contents = Contents.open(model)
-    with _made_aside(out) as made:
+    with only_one(out), _made_aside(out) as made:
         changes, checked, kl = write(contents, made, types, progress)
         left_out = ("experts are not skipped online",) if contents.skips else ()
         size = sum(file.stat().st_size for file in made.iterdir())
@@ -85,7 +87,14 @@ def export(
         told = (str(out), to, source.name, source.digest, size, changes, left_out, checked, kl)
         done = Exported(*told)
         write_text(made / RECORD, json.dumps(asdict(done), indent=2) + "\n")
-        move_into(made, out)
+        if to == "transformers":
+            from moecule.card import card
+
+            tensors = sum(change.size_bytes for change in changes)
+            kinds = " and ".join(sorted({change.kind for change in changes}))
+            of = contents.family.model_type
+            write_text(made / CARD, card(source, of, tensors, kinds, checked))
+        put_in_place(made, out)
     return done
 
 
@@ -104,8 +113,8 @@ def _writer(to: str) -> Writing:
 
 @contextmanager
 def _made_aside(out: Path) -> Iterator[Path]:
-    """A folder beside `out`, empty; gone when this ends."""
-    made = out.absolute().with_name(f".{out.absolute().name}.export")
+    """A folder beside `out`, empty; gone when this ends, and begun anew where it was killed."""
+    made = out.resolve().with_name(f".{out.resolve().name}.export")
     with writing(made):
         shutil.rmtree(made, ignore_errors=True)  # of a run that was killed
         made.mkdir(parents=True)

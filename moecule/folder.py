@@ -17,6 +17,7 @@ from moecule.evidence import FILE as EVIDENCE
 from moecule.family import TOP_K_KEYS, Family, text_part
 from moecule.files import write_text, writing
 from moecule.hf import auto_name
+from moecule.licence import head_of, licence_of
 from moecule.order import save_plan
 from moecule.plan import Keep, Plan
 
@@ -168,7 +169,9 @@ def _card(source: Checkpoint, plan: Plan, done: Applied) -> str:
         if is_stock(plan, done.width_key)
         else "import moecule  # pip install moecule; registers the packed layers\n"
     )
-    return f"""# {Path(source.name).name}, compressed
+    licence = licence_of(source.path)  # for export's card, which sees this one alone
+    head = f"{head_of(licence)}\n" if licence else ""
+    return f"""{head}# {Path(source.name).name}, compressed
 
 Made by moecule from `{source.name}` ({source.digest}): {plan.nominal_bits:.2f} code bits a routed
 expert's weight. `plan.yaml` says what became of every expert, `result.json` what it cost.

@@ -254,7 +254,13 @@ def compare(
     if out is not None:
         write_pages([found.page], out)
     if json_:
-        print_json([{"folder": str(one.folder), **asdict(one.result)} for one in found.runs])
+        pairs = zip(found.runs, found.gaps, strict=True)
+        print_json(
+            [
+                {"folder": str(one.folder), "to_the_first": asdict(to), **asdict(one.result)}
+                for one, to in pairs
+            ]
+        )
         return
     for text in (text_table(found), text_plot(found.runs)):
         say(f"{text}\n")

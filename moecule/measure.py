@@ -12,12 +12,12 @@ import inspect
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor, nn
 
 from moecule.batch import IGNORED, Batch, labels_of, rows_of
@@ -26,6 +26,7 @@ from moecule.hf import Streamed
 
 SPEED_TOKENS = 32  # decoded one by one for the speed figure
 PASS_TOKENS = 2048  # of prompts that pass together, where many sequences do
+MOST_WINDOWS = 128  # of a text whose nats are kept each by itself
 RATE_BYTES = {"cuda": 2**28, "cpu": 2**27}  # read for the rate: more than most caches hold
 
 
@@ -38,6 +39,10 @@ class Loss:
     kl_nats: float | None = None  # of the original's distribution against this one's
     top1_agreement: float | None = None  # share of tokens whose likeliest next token is the same
     original_loss_nats: float | None = None
+    # of each window in order, or of runs of as many where there are more than MOST_WINDOWS: tokens
+    # with a loss, and their nats in all; two models' make a paired interval
+    window_tokens: tuple[int, ...] = ()
+    window_nats: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,34 +88,54 @@ def batch_sums(
     hidden: Float[Tensor, "B S *H"],
     batch: Batch,
     original: tuple[Streamed, Float[Tensor, "B S *H"]] | None = None,
-) -> Float64[Tensor, " four"]:
-    """Of a batch, from what the last layers gave: loss, the original's, KL, tokens alike; summed."""
-    sums = torch.zeros(4, dtype=torch.float64)
+) -> Float64[Tensor, "N four"]:
+    """Of each sequence, from what the last layers gave: loss, the original's, KL, tokens alike; summed.
+
+    A conversation counts as one sequence.
+    """
     rows = rows_of(batch)  # the logits of a whole batch may not fit
+    sums = torch.zeros(len(rows), 4, dtype=torch.float64)
     size = len(hidden) // len(rows)
     for at, one in enumerate(rows):
         here = slice(at * size, (at + 1) * size)
         logits, labels = streamed.logits(hidden[here], one), labels_of(one)
-        sums[0] += _token_losses(logits, labels).double().sum().cpu()
+        sums[at, 0] = _token_losses(logits, labels).double().sum().cpu()
         if original is not None:
             theirs = original[0].logits(original[1][here], one)
-            sums[1] += _token_losses(theirs, labels).double().sum().cpu()
+            sums[at, 1] = _token_losses(theirs, labels).double().sum().cpu()
             some = (labels[:, 1:] != IGNORED).to(logits.device)
             p, q = theirs[:, :-1].log_softmax(-1), logits[:, :-1].log_softmax(-1)
             kl = nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
-            sums[2] += kl[some].double().sum().cpu()
-            sums[3] += (p.argmax(-1) == q.argmax(-1))[some].double().sum().cpu()
+            sums[at, 2] = kl[some].double().sum().cpu()
+            sums[at, 3] = (p.argmax(-1) == q.argmax(-1))[some].double().sum().cpu()
     return sums
 
 
-def loss_of(sums: Float64[Tensor, " four"], tokens: int, *, against: bool) -> Loss:
-    """The means of `batch_sums` over `tokens`. Raises DataError where the loss is not finite."""
-    loss, theirs, kl, same = (sums / tokens).tolist()
+def loss_of(sums: Float64[Tensor, "N four"], tokens: Int64[Tensor, " N"], *, against: bool) -> Loss:
+    """The means of `batch_sums` over `tokens`, which each sequence has with a loss.
+
+    Raises DataError where the loss is not finite.
+    """
+    n = int(tokens.sum())
+    loss, theirs, kl, same = (sums.sum(0) / n).tolist()
     if not math.isfinite(loss):
         raise DataError(
             "the loss is not finite; the checkpoint is damaged, or needs a wider dtype (--dtype float32)"
         )
-    return Loss(loss, tokens, kl, same, theirs) if against else Loss(loss, tokens)
+    found = Loss(loss, n, kl, same, theirs) if against else Loss(loss, n)
+    parts = [p for p in torch.arange(len(tokens)).tensor_split(MOST_WINDOWS) if len(p)]
+    return replace(
+        found,
+        window_tokens=tuple(int(tokens[p].sum()) for p in parts),
+        window_nats=tuple(round(float(sums[p, 0].sum()), 4) for p in parts),
+    )
+
+
+def original_loss_of(sums: Float64[Tensor, "N four"], tokens: Int64[Tensor, " N"]) -> Loss:
+    """The original's, of the same sums."""
+    theirs = sums[:, 1]
+    itself = torch.stack([theirs, theirs, torch.zeros_like(theirs), tokens.double()], dim=1)
+    return loss_of(itself, tokens, against=True)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """What a recipe will need before it is run: memory of the device and of the host, and disk.
 
+Of evaluating, what the pass by layer holds (depth.py); of what text losses are measured is not known here.
 Sums over what is held at the same time, from shapes alone. All sizes are in bytes.
 """
 
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moecule.budget import Inventory, LayerExperts
 from moecule.data import window_length
+from moecule.depth import BESIDE, SAMPLE_TOKENS
 from moecule.experts import Expert, Experts
 from moecule.hf import Streamed
 from moecule.method import load_method
@@ -60,6 +62,7 @@ class Work:
     widths: int  # that trials hold an expert's weights at, together
     wants_gram: bool
     searched: bool  # whether sets of experts are tried on a sample of the tokens
+    skips: bool  # whether experts are skipped online, which is then measured, too
 
     @property
     def copies(self) -> int:
@@ -74,7 +77,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Needs:
-    """At the peak of calibrating and applying. On a CPU all memory is the host's."""
+    """At the peak of calibrating, applying and evaluating by layer. On a CPU all memory is the host's."""
 
     device_bytes: int
     host_bytes: int
@@ -123,6 +126,7 @@ def work_of(streamed: Streamed, inventory: Inventory, recipe: Recipe) -> Work:
         trials=passes_of(needs, max(m.experts.num_experts / m.top_k for m in moes)),
         widths=round(passes_of([s for s in needs if s.of_experts is None])),
         searched=any(s.of_block for s in needs),
+        skips=recipe.skip is not None,
         wants_gram=(recipe.rounds and load_method(recipe.encode.method, "encode").wants_gram)
         or (recipe.mask is not None and load_method(recipe.mask.method, "mask").wants_gram),
     )
@@ -272,7 +276,23 @@ def _moments(work: Work, out_bytes: int, chunk: int, read: int) -> Moments:
             ("the output, opened afresh", "device"): out_bytes + work.layer_weights * item,
             ("the process that opens it", "host"): RUNTIME_BYTES + min(out_bytes, SINGLE_BYTES),
         },
+        "by layer": _by_layer(work, read),
     }  # fmt: skip
+
+
+def _by_layer(work: Work, read: int) -> dict[tuple[str, str], int]:
+    """What `depth.by_depth` holds: a sample for every number of layers, and models a layer each."""
+    sample = max(SAMPLE_TOKENS, work.window) * work.token_bytes
+    models, row = 3 if work.skips else 2, replace(work, batch=work.window, backward=False)
+    return {
+        ("embeddings and head of each model", "device"): models * work.outer_weights * work.item,
+        ("a layer", "device"): work.layer_weights * work.item,
+        ("the next layer, read ahead", "host"): read,
+        ("a sample for every number of layers", "host"): (work.layers + BESIDE) * sample,
+        ("a sample in each model", "device"): 2 * models * sample,
+        ("a batch in the layer", "device"): _activations(row),
+        ("logits of a window", "device"): 7 * work.window * work.vocabulary * 4,
+    }
 
 
 def _activations(work: Work) -> int:

@@ -36,7 +36,7 @@ def report(folders: Sequence[str | Path], out: str | Path = "report.html") -> tu
     pages = [page_of(run, f"r{k}") for k, run in enumerate(runs)]
     if len(runs) > 1:
         why = difference(runs)
-        pages.insert(0, compare_page(runs, "c", why))
+        pages.insert(0, compare_page(runs, "c", why, runs[0]))
     return write_pages(pages, Path(out))
 
 
@@ -48,10 +48,15 @@ def write_pages(pages: Sequence[Page], out: Path) -> tuple[Path, Path]:
         )
     made = (out, out.with_suffix(".md"))
     titles = [page.title for page in pages]
-    for file, template in zip(made, ("report.html", "report.md"), strict=True):
-        text = _templates().get_template(template).render(pages=pages, title=", ".join(titles[:3]))
-        write_text(file, text)
+    html = _templates().get_template("report.html")
+    write_text(made[0], html.render(pages=pages, title=", ".join(titles[:3])))
+    write_text(made[1], markdown(pages))
     return made
+
+
+def markdown(pages: Sequence[Page]) -> str:
+    """The same for a model card, without what is too large for one."""
+    return _templates().get_template("report.md").render(pages=pages)
 
 
 def _templates() -> jinja2.Environment:
@@ -80,7 +85,7 @@ def page_of(run: Run, key: str) -> Page:
         task_section(run),
         expert_section(run, key),
         byte_section(run),
-        plan_section(run),
+        plan_section(run.plan),
         skip_section(run),
         speed_section(run),
         warning_section(run),

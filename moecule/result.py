@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +14,9 @@ from moecule.depth import Depth, Sampled, Skipped
 from moecule.errors import DataError
 from moecule.files import parse_json
 from moecule.measure import Loss, Throughput
+from moecule.paired import gap
+
+_NUMBERS = re.compile(r"\[\n[\s\d.,e+-]+\]")
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,11 @@ class Result:
         default_factory=dict
     )  # host and device, of compress
     seconds: Mapping[str, float] = field(default_factory=dict)  # by verb
-    # {task: {metric, metric_stderr, n}}; the original's; what changed, by the items' own differences
+    # {task: {metric, metric_stderr, n}}, and what changed, by the items' own differences
     tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    original_tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     task_changes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     suite: Mapping[str, Any] = field(default_factory=dict)  # what was asked, and by what
     throughput: Throughput | None = None
-    original_throughput: Throughput | None = None
     digest: str | None = None  # of the checkpoint
     text_digests: Mapping[str, str] = field(default_factory=dict)  # of the tokens, by file
     step_bytes: float | None = (
@@ -64,8 +66,9 @@ class Result:
     original: Result | None = None  # measured beside it
 
     def dumps(self) -> str:
-        """As JSON."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        """As JSON; a list of numbers is one line."""
+        text = json.dumps(asdict(self), indent=2)
+        return _NUMBERS.sub(lambda found: " ".join(found[0].split()), text) + "\n"
 
 
 def mean_loss(by_file: Mapping[str, Loss]) -> dict[str, float | None]:
@@ -96,7 +99,12 @@ def table(before: Result, after: Result) -> list[tuple[str, str, str, str]]:
             after.model_bits_per_weight,
             "{:.2f}",
         ),
-        _row("loss, nats a token", before.loss_nats, after.loss_nats, "{:.4f}"),
+        (
+            "loss, nats a token",
+            f"{before.loss_nats:.4f}",
+            f"{after.loss_nats:.4f}",
+            str(gap(after.by_file, before.by_file)),
+        ),
         _row("perplexity", before.perplexity, after.perplexity, "{:.3f}"),
     ]
     if after.kl_nats is not None and after.top1_agreement is not None:
@@ -121,7 +129,7 @@ def table(before: Result, after: Result) -> list[tuple[str, str, str, str]]:
             ratio=True,
         )
     )
-    return rows + _throughput_rows(before, after) + _task_rows(after)
+    return rows + _throughput_rows(before, after) + _task_rows(before, after)
 
 
 def _throughput_rows(before: Result, after: Result) -> list[tuple[str, str, str, str]]:
@@ -137,17 +145,17 @@ def _throughput_rows(before: Result, after: Result) -> list[tuple[str, str, str,
     ]
 
 
-def _task_rows(after: Result) -> list[tuple[str, str, str, str]]:
+def _task_rows(before: Result, after: Result) -> list[tuple[str, str, str, str]]:
     """Each metric with its standard error; the change's is of the items' own differences."""
     return [
         (
             f"{task}, {metric}",
-            shown(after.original_tasks[task], metric),
+            shown(before.tasks[task], metric),
             shown(row, metric),
             shown(after.task_changes[task], metric, "+"),
         )
         for task, row, metric in told(after)
-        if after.original_tasks
+        if before.tasks
     ]
 
 
@@ -169,7 +177,9 @@ def told(result: Result) -> list[tuple[str, Mapping[str, float], str]]:
 
 
 def shown(row: Mapping[str, float], metric: str, sign: str = "") -> str:
-    """A metric and its standard error, for a person."""
+    """A metric and its standard error, for a person; "absent" where it was not measured."""
+    if metric not in row:
+        return "absent"
     error = row.get(f"{metric}_stderr")
     return f"{row[metric]:{sign}.4f}" + ("" if error is None else f" \u00b1 {error:.4f}")
 
@@ -195,15 +205,26 @@ def load_result(path: Path) -> Result:
 
 
 def _result(doc: dict[str, Any]) -> Result:
-    doc["by_file"] = {k: Loss(**v) for k, v in doc["by_file"].items()}
-    for name in ("throughput", "original_throughput"):
-        if doc.get(name) is not None:
-            doc[name] = Throughput(**doc[name])
+    doc["by_file"] = {name: _loss(of) for name, of in doc["by_file"].items()}
+    if doc.get("throughput") is not None:
+        doc["throughput"] = Throughput(**doc["throughput"])
     if doc.get("sampled"):
         doc["sampled"] = _sampled(doc["sampled"])
     if doc.get("original"):
         doc["original"] = _result(doc["original"])
+    of = [doc["original"].by_file] if doc.get("original") else []
+    of += [doc["text_digests"]] if doc.get("text_digests") else []
+    if any(set(other) != set(doc["by_file"]) for other in of):
+        raise ValueError("texts differ within it")
     return Result(**doc)
+
+
+def _loss(doc: dict[str, Any]) -> Loss:
+    tokens, nats = (tuple(doc.get(name, ())) for name in ("window_tokens", "window_nats"))
+    found = Loss(**{**doc, "window_tokens": tokens, "window_nats": tuple(map(float, nats))})
+    if len(tokens) != len(nats) or (tokens and sum(tokens) != found.tokens):
+        raise ValueError("windows do not add up to their text")
+    return found
 
 
 def _sampled(doc: dict[str, Any]) -> Sampled:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from moecule.blocks import Bar, Cell, Section, Table, Tile
 from moecule.budget import format_size
-from moecule.plan import Keep
-from moecule.result import Result, in_groups
+from moecule.paired import gap
+from moecule.plan import Keep, Plan
+from moecule.result import Result, in_groups, shown
 from moecule.run import Run
 
 PARTS = {
@@ -55,6 +56,11 @@ def cost_section(run: Run) -> Section:
         f"Loss in nats a token on text that calibration did not see, in windows of {r.window} tokens, "
         f"each cold; {r.dtype}. Experts run: {100 * r.experts_run:.1f} % of the pairs."
     )
+    if r.original is not None:
+        found = gap(r.by_file, r.original.by_file)
+        text += f" Added: {found} nats" + (
+            ", the 95 % interval over windows." if found.half is not None else "."
+        )
     notes = () if r.original is not None else (f"The original's figures are absent. {AGAIN}",)
     return Section("What it cost", text, (), (Table.of("By text", head, rows),), notes)
 
@@ -88,34 +94,27 @@ def task_section(run: Run) -> Section:
         each = _task_rows(run.result, [t for t in found if t in inside])
         tables.append(Table.of("The tasks that groups are means of", head, each, folded=True))
     text = (
-        "The number after +/- is one standard error; that of a change, where it has one, is of the "
+        "The number after \u00b1 is one standard error; that of a change, where it has one, is of the "
         "items' own differences."
     )
     return Section("Tasks", text, (), tuple(tables))
 
 
 def _task_rows(result: Result, tasks: Sequence[str]) -> list[tuple[Cell, ...]]:
-    theirs, changes = result.original_tasks, result.task_changes
+    theirs = {} if result.original is None else result.original.tasks
+    changes = result.task_changes
     rows: list[tuple[Cell, ...]] = []
     for task in tasks:
         metrics, was = result.tasks[task], theirs.get(task, {})
         for metric, value in metrics.items():
             if metric == "n" or metric.endswith("_stderr"):
                 continue
-            change = _spread(changes[task], metric, "+") if task in changes else ""
+            change = shown(changes[task], metric, "+") if task in changes else ""
             if not change and metric in was:
                 change = f"{value - was[metric]:+.4f}"
             n = f"{metrics['n']:g}" if "n" in metrics else ""
-            rows.append((task, _spread(was, metric), _spread(metrics, metric), change, metric, n))
+            rows.append((task, shown(was, metric), shown(metrics, metric), change, metric, n))
     return rows
-
-
-def _spread(metrics: Mapping[str, Any], metric: str, sign: str = "") -> str:
-    if metric not in metrics:
-        return "absent"
-    error = metrics.get(f"{metric}_stderr")
-    near = f" +/- {error:.4f}" if isinstance(error, (int, float)) else ""
-    return f"{metrics[metric]:{sign}.4f}{near}"
 
 
 def byte_section(run: Run) -> Section:
@@ -149,9 +148,8 @@ def byte_section(run: Run) -> Section:
     return Section("Bytes by part", text, (), (Table.of("Bytes", head, [*rows, tuple(total)]),))
 
 
-def plan_section(run: Run) -> Section:
+def plan_section(plan: Plan) -> Section:
     """What the plan decides, and the plan itself."""
-    plan = run.plan
     fates: dict[str, int] = {}
     for of in plan.layers.values():
         for fate in of:
@@ -218,8 +216,8 @@ def speed_section(run: Run) -> Section:
         ("floor: decoded, tokens/s at most", *(_rate(_most(x)) for x in both)),
         ("weights in memory", *(format_size(x.memory_bytes) for x in both)),
     ]
-    if before is not None and r.original_throughput is not None and r.throughput is not None:
-        held, room = (r.original_throughput, r.throughput), format_size(r.throughput.memory_bytes)
+    if before is not None and before.throughput is not None and r.throughput is not None:
+        held, room = (before.throughput, r.throughput), format_size(r.throughput.memory_bytes)
         rows.append((f"sequences at once in {room}", *(f"{t.sequences}" for t in held)))
         rows.append(
             ("decoded tokens/s of all of them", *(_rate(t.decode_tokens_per_s) for t in held))

@@ -1,13 +1,15 @@
 """What a consumer of checkpoints can load, and a recipe's choices that keep to it.
 
 All three load stock checkpoints: the same number of experts in every layer (and in every group of its
-router), one width, nothing rounded, nothing skipped online. llama.cpp gives experts of a layer one type,
-and does so itself, of a stock checkpoint that its own script converts.
+router), one width, nothing skipped online. transformers and vLLM load 16 bits. llama.cpp rounds a stock
+checkpoint itself, or takes the codes that `moecule export --to gguf` keeps: of one width for a layer's
+experts, which are one tensor there, and of up to 5 bits, for the type of 8 bits has no minimum.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -26,14 +28,16 @@ class Target:
 
     multiple: int  # of channels, that an expert's width is
     most_experts: int | None = None  # in a layer
-    rounding: str = "moecule's packed experts load with moecule"  # why bits are refused
+    most_bits: int = 0  # of codes that it takes; 0: it takes none
+    families: tuple[str, ...] = ()  # whose codes it takes
 
 
+BLOCK = 32  # columns that share a scale in all of ggml's types that hold codes
 TARGETS: dict[str, Target] = {
     "transformers": Target(ALIGNED),  # torch's grouped product
     "vllm": Target(64),  # its fused kernels' tiles
-    # blocks of 32 channels share a scale; LLAMA_MAX_EXPERTS
-    "gguf": Target(64, 512, "llama.cpp rounds for itself (llama-quantize)"),
+    # LLAMA_MAX_EXPERTS; Q5_1; those of exports.arch
+    "gguf": Target(64, 512, 5, ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")),
 }
 
 
@@ -55,12 +59,7 @@ def steered(recipe: Recipe, name: str) -> tuple[Recipe, dict[str, Any]]:
             f"recipe {recipe.name} skips experts online, which {name} does not; use a recipe that drops "
             "experts, or leave out --target"
         )
-    rounded = [part for part, keep in recipe.rest.items() if keep.bits < AS_IT_IS]
-    if rounded:
-        raise RecipeError(
-            f"recipe {recipe.name} rounds {rounded[0]}, and {name} loads 16 bits only: {target.rounding}; "
-            f"--set rest.{rounded[0]}=16, or leave out --target"
-        )
+    _check_rest(recipe.rest, name)
     for table, part in (("score", recipe.score), ("choose", recipe.choose)):
         if part is not None and getattr(part.options, "budget", "layer") != "layer":
             changes[f"{table}.budget"] = "layer"
@@ -73,6 +72,29 @@ def steered(recipe: Recipe, name: str) -> tuple[Recipe, dict[str, Any]]:
         if (options.multiple or ALIGNED) % target.multiple:
             changes["channels.multiple"] = math.lcm(options.multiple or 1, target.multiple)
     return _changed(recipe, changes), changes
+
+
+def _check_rest(rest: Mapping[str, Keep], name: str) -> None:
+    for what, keep in rest.items():
+        if (why := _unfit(keep, target_of(name), name)) is not None:
+            raise RecipeError(
+                f"{what} would be rounded, and {why}; --set rest.{what}=16, or leave out --target"
+            )
+
+
+def _unfit(keep: Keep, target: Target, name: str) -> str | None:
+    """Why the target does not take codes like these; None: it does, or they are none."""
+    if keep.bits == AS_IT_IS:
+        return None
+    if not target.most_bits:
+        return f"{name} loads 16 bits only: moecule's packed experts load with moecule"
+    if keep.pieces:
+        return f"{name} knows no experts in pieces"
+    if keep.bits > target.most_bits:
+        return f"{name} keeps all codes of up to {target.most_bits} bits, and they would have {keep.bits}"
+    if keep.group % BLOCK:
+        return f"a scale is of {BLOCK} columns in {name}, and groups would have {keep.group}"
+    return None
 
 
 def _changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
@@ -107,11 +129,20 @@ def check_plan(plan: Plan, name: str) -> None:
             f"routers would keep rows of experts that are no more, which {name} does not load; set "
             "merge.router=rows"
         )
-    if not plan.leaves_experts:
-        raise RecipeError(
-            f"experts would be rounded, and {name} loads 16 bits only: {target.rounding}; give --drop, "
-            "--bits 16 and a recipe that drops, or leave out --target"
-        )
+    _check_rest(plan.rest, name)
+    for fates in plan.layers.values():
+        keeps = sorted({f for f in fates if isinstance(f, Keep)}, key=str)
+        for why in (_unfit(keep, target, name) for keep in keeps):
+            if why is not None:
+                raise RecipeError(
+                    f"experts would be rounded, and {why}; give --drop, --bits 16 and a recipe that drops, "
+                    "or leave out --target"
+                )
+        if len(keeps) > 1 and not plan.leaves_experts:
+            raise RecipeError(
+                f"experts of a layer would be of several widths ({keeps[0]}, {keeps[1]}), and {name} gives "
+                "them one type; take --recipe uniform with whole --bits, or leave out --target"
+            )
     if len(kept) > 1:
         raise RecipeError(
             f"layers would keep {' or '.join(map(str, sorted(kept)))} experts, and {name} loads one number "

@@ -181,16 +181,12 @@ def _decoded(loaded: Any, of: Throughput, tokens: Int[Tensor, " T"]) -> Throughp
 
 
 def of_tasks(before: Whole | None, after: Whole, tasks: Any) -> dict[str, Any]:
-    """The parts of the model's Result that tell of tasks, and of the original's throughput."""
-    found: dict[str, Any] = {}
-    if before is not None:
-        found["original_throughput"] = before.throughput
+    """The parts of the Result that tell of tasks; `before`: of the original, where both were asked."""
     if tasks is None or after.scores is None:
-        return found
-    found |= {"tasks": after.scores.tasks, "suite": tasks.as_dict() | {"cut": after.scores.cut}}
+        return {}
+    found = {"tasks": after.scores.tasks, "suite": tasks.as_dict() | {"cut": after.scores.cut}}
     if before is not None and before.scores is not None:
         from moecule.harness import changes
 
-        found["original_tasks"] = before.scores.tasks
         found["task_changes"] = changes(before.scores, after.scores)
     return found

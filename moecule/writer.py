@@ -105,10 +105,22 @@ def move_into(made: Path, out: Path) -> None:
             os.replace(file, out / file.name)
 
 
-def check_out(out: Path, allowed: set[str]) -> None:
+def put_in_place(made: Path, out: Path) -> None:
+    """Make a finished folder `out`, which is not there or empty, at one stroke.
+
+    Raises OutputError where it cannot be, as when something was put there meanwhile.
+    """
+    out = out.resolve()
+    with writing(out):
+        if out.is_dir():
+            out.rmdir()
+        os.replace(made, out)
+
+
+def check_out(out: Path, allowed: set[str], *, ours: bool = True) -> None:
     """Raise OutputError where `out` cannot be made or holds anything but `allowed`.
 
-    What a killed run goes on from may lie there too.
+    `ours`: what a killed run goes on from may lie there too.
     """
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file; name a folder that does not exist yet")
@@ -116,6 +128,6 @@ def check_out(out: Path, allowed: set[str]) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise OutputError(f"{out} cannot be made: {there} is no folder to write in; name another")
     names = {p.name for p in out.iterdir()} if out.is_dir() else set()
-    foreign = sorted(n for n in names - allowed if not OURS.fullmatch(n))
+    foreign = sorted(n for n in names - allowed if not (ours and OURS.fullmatch(n)))
     if foreign:
         raise OutputError(f"{out} already holds {', '.join(foreign[:4])}; name another folder")

@@ -25,6 +25,7 @@ EXTRAS = (
     "gguf",
     "llama_cpp",
     "lm_eval",
+    "vllm",
 )  # which modules may need that are not there
 NOT_IN_OS = ("fork", "getuid", "posix_fadvise", "register_at_fork", "sched_getaffinity")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from dataclasses import replace
 
 import every
@@ -11,6 +12,7 @@ import tiny
 import torch
 from test_cli import refused, run
 
+from moecule import depth
 from moecule.ask import Ask
 from moecule.budget import Cache, Inventory, bytes_by_part, parse_size
 from moecule.cache import caches_of
@@ -22,6 +24,7 @@ from moecule.pace import pace_of
 from moecule.pack import chunks
 from moecule.recipe import load_recipe
 from moecule.session import Compute
+from moecule.states import States
 from moecule.stats import COUNT
 
 WINDOW = 8
@@ -197,6 +200,30 @@ def test_needs_follow_the_text_and_the_gradient(opened):
     assert on_host.states_bytes == on_disk.states_bytes == states
     assert on_host.host_bytes - on_disk.host_bytes >= states
     assert on_host.disk_terms["hidden states to go on from"] == states
+
+
+def test_what_evaluating_by_layer_holds_is_foreseen(opened, monkeypatch):
+    streamed, inventory, recipe = opened
+    alive: list[weakref.ref[States]] = []
+    most, plain = [0], depth._kept
+
+    def counted(*args: object) -> States:
+        made = plain(*args)
+        alive.append(weakref.ref(made))
+        held = [s for s in (ref() for ref in alive) if s is not None]
+        most[0] = max(most[0], sum(t.nbytes for s in held for t in s))
+        return made
+
+    monkeypatch.setattr(depth, "_kept", counted)
+    sample = tiny.tokens(3, shape=(1, 20))
+    depth.by_depth(tiny.stream(streamed.checkpoint.path), streamed, sample)
+    of_sample = 3 * 20 * 32 * 4
+    assert most[0] <= (3 + depth.BESIDE) * of_sample < 2 * most[0]  # of 3 layers
+    work = work_of(streamed, inventory, recipe)
+    deep = replace(work, layers=10**6)
+    terms = needs_of(deep, 10**6, Compute("cpu")).host_terms
+    assert work.skips and terms["embeddings and head of each model"] == 3 * work.outer_weights * 4
+    assert terms["a sample for every number of layers"] == (10**6 + depth.BESIDE) * 4096 * 32 * 4
 
 
 def test_states_that_have_no_room_are_foreseen_on_disk(opened, monkeypatch):

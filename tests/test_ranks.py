@@ -12,6 +12,7 @@ import torch
 
 from moecule.checkpoint import Checkpoint
 from moecule.ranks import Ranks
+from moecule.result import load_result
 from moecule.stats import load_stats
 
 TEXT = "The cat sat on the mat, and 7 more came by; all of them were fed.\n"
@@ -68,5 +69,8 @@ def test_two_processes_write_what_one_writes(name, ask, checkpoint, tmp_path):
     a, b = (c.read(list(c.tensors)) for c in checkpoints)
     assert sorted(a) == sorted(b)
     assert all(torch.equal(a[key], b[key]) for key in a)
+    texts = [load_result(tmp_path / n / "result.json").by_file["text.txt"] for n in "12"]
+    assert texts[0].window_tokens == texts[1].window_tokens and len(texts[0].window_nats) > 8
+    assert texts[0].window_nats == pytest.approx(texts[1].window_nats, abs=2e-4)
     left = [p.name for p in tmp_path.rglob(".*") if p.name.startswith(".")]
     assert left == []

@@ -203,15 +203,15 @@ def test_results_and_evidence_come_back_as_they_were(tmp_path):
 
 def test_tasks_have_their_errors(tmp_path):
     one = read_run(folder(tmp_path / "one"))
-    for name, row in {
-        "tasks": {"acc": 0.6, "acc_stderr": 0.0123, "n": 100},
-        "original_tasks": {"acc": 0.7, "acc_stderr": 0.0122, "n": 100},
-        "task_changes": {"acc": -0.1, "acc_stderr": 0.003, "n": 100},
-    }.items():
-        object.__setattr__(one.result, name, {"piqa": row})
+    for of, name, row in (
+        (one.result, "tasks", {"acc": 0.6, "acc_stderr": 0.0123, "n": 100}),
+        (one.result.original, "tasks", {"acc": 0.7, "acc_stderr": 0.0122, "n": 100}),
+        (one.result, "task_changes", {"acc": -0.1, "acc_stderr": 0.003, "n": 100}),
+    ):
+        object.__setattr__(of, name, {"piqa": row})
     section = next(s for s in page_of(one, "k").sections if s.title == "Tasks")
     rows = section.tables[0].rows
-    spread = ("0.7000 +/- 0.0122", "0.6000 +/- 0.0123", "-0.1000 +/- 0.0030")
+    spread = ("0.7000 \u00b1 0.0122", "0.6000 \u00b1 0.0123", "-0.1000 \u00b1 0.0030")
     assert rows == (("piqa", *spread, "acc", "100"),)
 
 

@@ -15,6 +15,7 @@ from moecule.apply import check_target, key_of
 from moecule.ask import Ask, foresee
 from moecule.budget import Inventory
 from moecule.errors import PlanError, RecipeError
+from moecule.family import Family
 from moecule.plan import Drop, Keep, Plan
 from moecule.recipe import load_recipe
 from moecule.target import TARGETS, check_plan, steered
@@ -71,9 +72,13 @@ def test_a_steered_plan_has_one_number_and_one_width(target, recipe):
 REAP, HEAPR = load_recipe("reap"), load_recipe("heapr")
 REFUSED = {
     "skips": (load_recipe("mc"), Ask(target="vllm"), WIDE, "recipe mc skips experts online"),
-    "rest": (load_recipe("uniform"), Ask(target="gguf"), WIDE, "attention.*llama-quantize.*rest.at"),
+    "rest": (load_recipe("uniform"), Ask(target="vllm"), WIDE, "attention.*vllm loads 16.*rest.att"),
+    "wide": (load_recipe("uniform", {"rest.attention": 8}), Ask(target="gguf"), WIDE, "up to 5 bits"),
+    "columns": (load_recipe("uniform", {"group": 16}), Ask(target="gguf"), WIDE, "would have 16"),
+    "eight": (REAP, Ask(bits=8, target="gguf"), WIDE, "up to 5 bits, and they would have 8"),
+    "mixed": (load_recipe("frequency"), Ask(bits=2.5, target="gguf"), WIDE, "several widths .*uniform"),
     "bits": (REAP, Ask(bits=3, target="vllm"), WIDE, "would be rounded, and vllm loads 16 bits"),
-    "size": (REAP, Ask(drop="25%", size="60kB", target="gguf"), WIDE, "would be rounded.*gguf"),
+    "size": (REAP, Ask(drop="25%", size="60kB", target="vllm"), WIDE, "would be rounded.*vllm"),
     "width": (HEAPR, Ask(target="vllm"), WIDE, "multiples of 64, and .* have 32 channels; drop whole"),
     "runs": (HEAPR, Ask(drop="10%", target="vllm"), wider(256, 8), "of 4 runs of 64 is not one"),
     "unequal": (REAP, Ask(target="vllm"), wider(64, 8, 12), "would keep 6 or 9 experts, and vllm"),
@@ -109,19 +114,40 @@ def test_the_command_plans_for_a_target(checkpoint, tmp_path):
     assert "vllm loads 16 bits only" in said
 
 
-def narrow(folder: Path) -> tuple[Plan, str | None]:
-    """A plan for vLLM that gives all experts 8 channels, and the config's key for them."""
+def narrow(folder: Path) -> tuple[Plan, str | None, Family]:
+    """A plan for vLLM that gives all experts 8 channels, the config's key for them, and the family."""
     streamed = tiny.stream(folder)
     made = tiny.plan(streamed, lambda i, e: Keep(channels=8))
-    return replace(made, made_by={"target": "vllm"}), key_of(streamed, made)
+    return replace(made, made_by={"target": "vllm"}), key_of(streamed, made), streamed.family
 
 
 def test_apply_refuses_what_the_target_does_not_load(checkpoint):
-    made, key = narrow(checkpoint("qwen3_moe"))
-    check_target(made, key)
-    made, key = narrow(checkpoint("deepseek_v3"))  # its shared experts read the same key
+    check_target(*narrow(checkpoint("qwen3_moe")))
+    made, key, family = narrow(checkpoint("deepseek_v3"))  # its shared experts read the same key
     with pytest.raises(PlanError, match="is for vllm, .* and no key of this family's config"):
-        check_target(made, key)
+        check_target(made, key, family)
     fates = {i: (Drop(), *of[1:]) if i == 1 else of for i, of in made.layers.items()}
     with pytest.raises(PlanError, match="it was edited: .* different numbers"):
-        check_target(replace(made, layers=fates), "some_key")
+        check_target(replace(made, layers=fates), "some_key", family)
+
+
+def test_gguf_takes_codes_of_one_width_a_layer(checkpoint):
+    streamed = tiny.stream(checkpoint("mixtral"))
+    made = tiny.plan(streamed, lambda i, e: Keep(4, 32) if i else Keep(2, 64))
+    check_target(replace(made, made_by={"target": "gguf"}), None, streamed.family)
+    for fate, said in {
+        lambda i, e: Keep(2 + e % 2, 64): "of several widths .keep 2bit g64, keep 3bit g64",
+        lambda i, e: Keep.in_pieces((3, 2), 32): "knows no experts in pieces",
+    }.items():
+        made = replace(tiny.plan(streamed, fate), made_by={"target": "gguf"})
+        with pytest.raises(RecipeError, match=said):
+            check_target(made, None, streamed.family)
+    streamed = tiny.stream(checkpoint("deepseek_v3"))
+    made = replace(tiny.plan(streamed, lambda i, e: Keep(4, 32)), made_by={"target": "gguf"})
+    with pytest.raises(PlanError, match="takes codes of mixtral, .* and this is deepseek_v3"):
+        check_target(made, None, streamed.family)
+
+
+def test_the_families_whose_codes_gguf_takes_are_those_that_export_writes():
+    arch = pytest.importorskip("moecule.exports.arch", reason="gguf is not installed")
+    assert set(TARGETS["gguf"].families) == set(arch.ARCHES)

@@ -5,4 +5,5 @@ cd "$(dirname "$0")"
 for model in qwen3moe-32m mixtral-27m; do
   ${PYTHON:-python} -m moecule report $model/mc -o $model.html
 done
-${PYTHON:-python} -m moecule compare qwen3moe-32m/* -o compare.html
+# the first is what the others are set against
+${PYTHON:-python} -m moecule compare qwen3moe-32m/mc $(ls -d qwen3moe-32m/* | grep -v "/mc$") -o compare.html

@@ -24,15 +24,21 @@ def table(results: list[Result]) -> str:
         cells = [
             shown(of[task], metric, sign)
             for r in results
-            for of, sign in ((r.original_tasks, ""), (r.tasks, ""), (r.task_changes, "+"))
+            for of, sign in ((original(r).tasks, ""), (r.tasks, ""), (r.task_changes, "+"))
         ]
         lines.append(f"| {task} | {metric} | {row['n']} | {' | '.join(cells)} |")
     return "\n".join([*lines, *map(throughput, results)]) + "\n"
 
 
+def original(result: Result) -> Result:
+    """What was measured beside it."""
+    assert result.original is not None
+    return result.original
+
+
 def throughput(result: Result) -> str:
     """A sentence."""
-    a, b = result.original_throughput, result.throughput
+    a, b = original(result).throughput, result.throughput
     assert a is not None and b is not None
     return (
         f"\nIn {b.memory_bytes / 1e6:.1f} MB, what {Path(str(result.against)).name} takes with one "

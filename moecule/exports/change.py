@@ -42,7 +42,13 @@ class Tally:
 
     def keep(self, kind: str, tensor: Tensor) -> None:
         """Note a tensor that stays as it is."""
-        self.add(16, kind, tensor.nbytes, tensor.float(), tensor.float())
+        self.keep_bytes(kind, tensor.nbytes)
+
+    def keep_bytes(self, kind: str, size_bytes: int) -> None:
+        """Note one that stays as it is, unread."""
+        sums = self.of.setdefault((16, kind), [0, 0, 0.0, 0.0])
+        sums[0] += 1
+        sums[1] += size_bytes
 
     def changes(self) -> tuple[Change, ...]:
         """By width and type."""

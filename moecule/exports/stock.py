@@ -47,7 +47,7 @@ class Widths:
         if config["model_type"] != PACKED:
             raise PlanError(
                 f"{contents.checkpoint.path} is a stock checkpoint of 16 bits; it loads as it is, there is "
-                "nothing to export"
+                "nothing to export (--to transformers copies one that a plan made, and writes its card)"
             )
         packed = PackedConfig(**config[QUANTISED])
         experts = {int(i): tuple(map(keep_from, of.split())) for i, of in packed.experts.items()}
