@@ -24,6 +24,7 @@ from moecule.narrow import ALIGNED
 from moecule.width import of_one_width, width_key
 from moecule.writer import Writer
 
+NO_NOTE: Mapping[str, Any] = {}
 Kept = Mapping[int, Int[Tensor, "..."]]  # by layer
 
 
@@ -59,11 +60,14 @@ def slim_keys(model: Any, width: int, groups: int | None) -> dict[str, int]:
     return {key: width, **keys}
 
 
-def cut(streamed: Streamed, channels: Kept, groups: Kept, out: Path) -> Checkpoint:
+def cut(
+    streamed: Streamed, channels: Kept, groups: Kept, out: Path, note: Mapping[str, Any] = NO_NOTE
+) -> None:
     """Write the checkpoint into the folder `out` with these channels and groups of heads alone.
 
     `streamed` is used up. Tensors keep their dtype on disk; those that nothing is cut from are the same
-    bytes. Raises OutputError where there is no room, RecipeError where the config cannot say it.
+    bytes. `note` is what config.json says of how it was made. Raises OutputError where there is no room,
+    RecipeError where the config cannot say it.
     """
     model = streamed.model
     counts = {of.shape[-1] for of in groups.values()}
@@ -82,8 +86,7 @@ def cut(streamed: Streamed, channels: Kept, groups: Kept, out: Path) -> Checkpoi
         writer.add(f"layer-{i:04d}", streamed.to_disk(state))
         layer.to("meta")
     writer.close()
-    _write_config(streamed.checkpoint, keys, out)
-    return Checkpoint.open(out)
+    _write_config(streamed.checkpoint, keys, out, note)
 
 
 def _cut_layer(
@@ -102,9 +105,14 @@ def _cut_layer(
         cut_heads(attention[1], groups, heads)
 
 
-def _write_config(source: Checkpoint, keys: Mapping[str, int], out: Path) -> None:
+def _write_config(
+    source: Checkpoint, keys: Mapping[str, int], out: Path, note: Mapping[str, Any]
+) -> None:
     config: dict[str, Any] = copy.deepcopy(dict(source.config))
-    config.pop("auto_map", None)  # names code that is not copied, and not needed
+    for key in ("auto_map", "moecule"):  # code that is not copied, and how the source was made
+        config.pop(key, None)
+    if note:
+        config["moecule"] = dict(note)
     text_part(config).update(keys)
     for file in side_files(source.path):
         with writing(out / file.name):
