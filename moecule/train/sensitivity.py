@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64, Int
@@ -27,8 +27,7 @@ from moecule.ranks import SOLO, Ranks
 from moecule.train.losses import distil, next_token
 from moecule.width import rows_of
 
-Signal = Literal["topk_ce", "lm", "noise"]
-SIGNALS: tuple[str, ...] = get_args(Signal)
+SIGNALS = ("topk_ce", "lm", "noise")
 LIKELIEST = 8  # tokens of the teacher's, by the paper
 NOISE = 0.1  # of the spread of a token's embedding
 
@@ -90,15 +89,16 @@ def _noisy(model: Any, seed: int) -> Iterator[None]:
 
 
 def signal_loss(
-    model: Any, teacher: Any, ids: Int[Tensor, "B S"], signal: Signal, seed: int = 0
+    model: Any, teacher: Any, ids: Int[Tensor, "B S"], signal: str, seed: int = 0
 ) -> Float[Tensor, ""]:
-    """The loss that is differentiated, nats a token. `seed`: of the noise."""
+    """The loss that is differentiated, nats a token; `signal` is of SIGNALS. `seed`: of the noise."""
     if signal == "lm":
         return next_token(model(ids, use_cache=False).logits, ids)
     with torch.no_grad():
         wanted = teacher(ids, use_cache=False).logits
     if signal == "topk_ce":
         return likeliest_kl(model(ids, use_cache=False).logits, wanted)
+    assert signal == "noise"  # one of SIGNALS
     with _noisy(model, seed):
         return distil(model(ids, use_cache=False).logits, wanted)
 
@@ -107,7 +107,7 @@ def feel(
     model: Any,
     teacher: Any,
     batches: list[Int[Tensor, "_B S"]],
-    signal: Signal = "topk_ce",
+    signal: str = "topk_ce",
     *,
     full: bool = False,
     groups: bool = False,

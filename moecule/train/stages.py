@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from moecule.errors import RecipeError
-from moecule.train.sensitivity import SIGNALS, Signal
+from moecule.train.sensitivity import SIGNALS
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Slimming:
     groups: int | None = None  # of attention heads, in every layer; None: all
     stages: int = 2
     multiple: int = 32  # of which the widths in between are multiples
-    signal: Signal = "topk_ce"  # the loss of the first stage's scores
+    signal: str = "topk_ce"  # of SIGNALS: the loss of the first stage's scores
     full: bool = False  # score channels by all three slices, not by the down projection's alone
     samples: int = 64  # windows that are scored on
     batch: int = 8  # of them together; scores are means over batches
