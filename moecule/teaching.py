@@ -150,13 +150,11 @@ def slim(
 
     compute = compute_of(device, dtype, False)
     slimming = Slimming(width, groups, stages, multiple, signal, full, samples)
+    schedule = schedule_of(
+        steps=steps, batch=batch, lr=lr, every=every, seed=seed, precision=precision
+    )
     lesson = Lesson(
-        schedule=schedule_of(
-            steps=steps, batch=batch, lr=lr, every=every, seed=seed, precision=precision
-        ),
-        experts_over=experts_over,
-        length=length or 0,
-        checkpointing=checkpointing,
+        (), schedule, experts_over=experts_over, length=length or 0, checkpointing=checkpointing
     )
     with bar() as progress:
         made = run(

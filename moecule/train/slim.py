@@ -93,16 +93,41 @@ def slim(
     Raises RecipeError for what the config cannot say, or too little memory to score in; CheckpointError
     for a teacher of another vocabulary; OutputError where `out` holds other things; what `heal` raises.
     """
-    out, ranks = Path(out), compute.ranks
     teacher = model if teacher is None else teacher
     checkpoint = open_checkpoint(model)
+    check_slimming(checkpoint, slimming, lesson)
+    check_teacher(checkpoint, teacher)
+    windows, held = lesson_windows(checkpoint, data, lesson, compute.ranks.size)
+    return in_stages(
+        checkpoint, teacher, Path(out), slimming, windows, held, lesson=lesson, compute=compute,
+        progress=progress,
+    )  # fmt: skip
+
+
+def check_slimming(checkpoint: Checkpoint, slimming: Slimming, lesson: Lesson) -> tuple[Stage, ...]:
+    """The stages. Raises RecipeError where one cannot be, or nothing would go."""
     net, _ = skeleton(checkpoint, torch.float32)
     stages = stages_of(slimming, width_of(net), lesson.schedule.steps)
     keys = [slim_keys(net, stage.width, stage.groups) for stage in stages]
     if not keys[-1]:
         raise RecipeError("width and groups are what the model has; give less of either")
-    check_teacher(checkpoint, teacher)
-    windows, held = lesson_windows(checkpoint, data, lesson, ranks.size)
+    return stages
+
+
+def in_stages(
+    checkpoint: Checkpoint,
+    teacher: str | Path,
+    out: Path,
+    slimming: Slimming,
+    windows: Int[Tensor, "N S"],
+    held: Int[Tensor, "M S"],
+    *,
+    lesson: Lesson = DEFAULT,
+    compute: Compute = AUTO,
+    progress: Progress = silent,
+) -> Slimmed:
+    """`slim` on windows that are given; those `held` out say which state of each stage is best."""
+    stages, ranks = check_slimming(checkpoint, slimming, lesson), compute.ranks
     request = {
         "processes": ranks.size,
         "digests": [checkpoint.digest, open_checkpoint(teacher).digest],
