@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -276,3 +279,31 @@ def test_the_command_makes_it_and_says_what_each_stage_gained(model, data, tmp_p
     wrong = ("slim", model, "-o", tmp_path / "x", "--width", "20", "--stages", "1", "--data", data)
     said = refused(tmp_path, *wrong)
     assert "width = 20, and this model's experts have 64 channels; wanted a multiple of 8" in said
+
+
+@pytest.mark.slow
+def test_two_processes_make_what_one_makes(model, data, tmp_path):
+    """But for the order in which sums are taken."""
+    verb = ["slim", str(model), "-o", "", "--width", "16", "--groups", "1", "--multiple", "8"]
+    verb += ["--steps", "6", "--batch", "4", "--every", "2", "--samples", "16", "--length", "16"]
+    verb += ["--data", str(data), "--text", str(data), "--device", "cpu", "--json"]
+    alone, told = [sys.executable, "-m"], []
+    many = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+    ]
+    for name, start in (("one", alone), ("two", many)):
+        verb[3] = str(tmp_path / name)
+        command, env = [*start, "moecule", *verb], {**os.environ, "OMP_NUM_THREADS": "1"}
+        ended = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert ended.returncode == 0, ended.stderr
+        told.append(json.loads(ended.stdout)["stages"])
+    for one, two in zip(*told, strict=True):
+        assert one["width"] == two["width"]
+        assert two["all"]["began"] == pytest.approx(one["all"]["began"], rel=1e-5)
+        assert two["all"]["best"] == pytest.approx(one["all"]["best"], rel=1e-5)

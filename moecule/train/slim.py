@@ -200,7 +200,8 @@ def _run(job: _Job, shares: list[Int[Tensor, "_N S"]], held: Int[Tensor, "M S"])
                 f"{folder} holds what another request made; name another folder or remove it"
             )
         if found is None:
-            _cut(job, s, job.stage(s - 1) if s else job.checkpoint.path, share)
+            scored = torch.cat([*shares[s:], *shares[:s]])[: job.slimming.samples]
+            _cut(job, s, job.stage(s - 1) if s else job.checkpoint.path, scored)
             schedule = replace(job.lesson.schedule, steps=job.stages[s].steps)
             teach(
                 open_checkpoint(job.cut(s)), job.teacher, folder, share, held,
@@ -264,7 +265,7 @@ def _felt(job: _Job, s: int, source: Path, windows: Int[Tensor, "N S"]) -> Felt:
     _check_room(source, None if own else job.teacher, compute)
     model = load(source, compute)
     theirs = model if own else load(job.teacher, compute)
-    batches = list(windows[: slimming.samples].split(slimming.batch))
+    batches = list(windows.split(slimming.batch))
     size = compute.ranks.size
     if len(batches) < size:
         raise DataError(
