@@ -22,7 +22,7 @@ from moecule.train.loop import Schedule
 from moecule.train.slim import slim
 from moecule.train.stages import Slimming, Stage, stages_of
 
-SHORT = Lesson(schedule=Schedule(steps=6, batch=2, every=2, lr=1e-3), length=16)
+SHORT = Lesson(schedule=Schedule(steps=6, batch=2, every=1, lr=3e-4), length=16)
 TWO = Slimming(width=16, groups=1, multiple=8, samples=6, batch=2)
 
 
