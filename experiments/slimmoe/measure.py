@@ -94,16 +94,15 @@ def make(model: str, arm: str, seed: int, out: Path, args: argparse.Namespace) -
 
 
 @torch.no_grad()
-def kl_of(model: str, folder: Path, args: argparse.Namespace) -> dict[str, list[float]]:
-    """By file: KL(original || model) of each window, nats a token."""
+def kl_of(model: str, folder: Path, args: argparse.Namespace) -> dict[str, float]:
+    """By file: KL(original || model), nats a token."""
     compute = Compute(args.device, "float32")
     teacher, student = load(model, compute), load(folder, compute)
     out = {}
     for name, windows in windows_of(model, args.text, args.length, args.windows).items():
-        out[name] = [
-            float(distil(student(ids).logits, teacher(ids).logits))
-            for ids in windows.to(compute.torch_device()).split(1)
-        ]
+        parts = windows.to(compute.torch_device()).split(TOGETHER)
+        sums = [len(ids) * float(distil(student(ids).logits, teacher(ids).logits)) for ids in parts]
+        out[name] = sum(sums) / len(windows)
     return out
 
 
@@ -138,8 +137,8 @@ def measure(model: str, arm: str, seed: int, args: argparse.Namespace) -> dict[s
             "lr": args.lr,
             "precision": args.precision,
             **weights_of(out),
-            "kl": float(np.mean([np.mean(of) for of in found.values()])),
-            "kl_by_file": {name: float(np.mean(of)) for name, of in found.items()},
+            "kl": float(np.mean(list(found.values()))),
+            "kl_by_file": found,
             "held_out_kl": [[t.began, t.best] for t in trained],
             "seconds": round(seconds, 1),
             "device": device_name(Compute(args.device).torch_device()),
