@@ -20,7 +20,9 @@ class Slimming:
     signal: str = "topk_ce"  # of SIGNALS: the loss of the first stage's scores
     full: bool = False  # score channels by all three slices, not by the down projection's alone
     samples: int = 64  # windows that are scored on
-    batch: int = 8  # of them together; scores are means over batches
+    batch: int = (
+        1  # of them together; scores are means over batches, and one window each was the best
+    )
 
     def __post_init__(self) -> None:
         """Raises RecipeError for what cannot be."""
