@@ -53,6 +53,20 @@ class Seen:
         length: Tensor = torch.linalg.vector_norm(self.out, dim=-1, dtype=torch.float64)
         return length
 
+    @cached_property
+    def act_grad(self) -> Float[Tensor, "t F"]:
+        """The gradient of the loss by `act`, where a statistic asks for `grad`."""
+        assert self.grad is not None  # the statistic says backward
+        by_out, expert = self.coef[:, None].to(self.out.dtype) * self.grad, self.expert
+        if expert.end is not None:
+            with torch.enable_grad():
+                plain = (self.act @ expert.down.mT).detach()
+                if expert.down_bias is not None:
+                    plain = plain + expert.down_bias
+                plain.requires_grad_()
+                (by_out,) = torch.autograd.grad(expert.end(plain), plain, by_out)
+        return by_out @ expert.down
+
 
 @dataclass(frozen=True)
 class Routed:

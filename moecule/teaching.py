@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -23,6 +23,24 @@ Parts = Annotated[
 ]
 ExpertsOver = Annotated[
     int, typer.Option(help="Processes that share each layer's experts; torchrun starts them.")
+]
+
+
+Width = Annotated[int | None, typer.Option(help="Channels that every expert keeps; without: all.")]
+Groups = Annotated[
+    int | None, typer.Option(help="Key heads that stay, with their queries; without: all.")
+]
+Stages = Annotated[int, typer.Option(help="Of cutting and distilling.")]
+Multiple = Annotated[int, typer.Option(help="Widths between stages are multiples of it.")]
+SignalName = Annotated[
+    Literal["topk_ce", "lm", "noise"], typer.Option(help="Loss of the first stage's scores.")
+]
+Full = Annotated[
+    bool, typer.Option("--full", help="Score channels by all three slices of weights.")
+]
+Teacher = Annotated[str | None, typer.Option(help="To learn from; without: the model as it was.")]
+Checkpointing = Annotated[
+    bool, typer.Option("--checkpointing", help="Compute layers twice in training: less memory.")
 ]
 
 
@@ -95,4 +113,66 @@ def heal(
     said = [t for t in made.trained.values() if t.began is not None]
     if len(said) == 1:
         say(f"held-out KL to the teacher: {said[0].began:.4f} -> {said[0].best:.4f} nats")
+    say(f"in {made.folder}; next: moecule generate {made.folder} 'Once upon a time'")
+
+
+def slim(
+    model: Model,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The slim checkpoint's folder.")],
+    width: Width = None,
+    groups: Groups = None,
+    stages: Stages = 2,
+    multiple: Multiple = 32,
+    signal: SignalName = "topk_ce",
+    full: Full = False,
+    teacher: Teacher = None,
+    samples: Annotated[int, typer.Option(help="Windows to score on, in each stage.")] = 64,
+    steps: Steps = 1200,
+    batch: BatchSize = 16,
+    lr: Rate = None,
+    every: Every = 50,
+    seed: Seed = 0,
+    precision: Precision = "float32",
+    checkpointing: Checkpointing = False,
+    experts_over: ExpertsOver = 1,
+    data: Data = None,
+    text: Texts = None,
+    length: Length = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json_: Json = False,
+) -> None:
+    """Narrow all experts in stages, distilling after each (SlimMoE); a stock checkpoint."""
+    from moecule.compress import measured
+    from moecule.train.heal import Lesson
+    from moecule.train.slim import slim as run
+    from moecule.train.stages import Slimming
+
+    compute = compute_of(device, dtype, False)
+    slimming = Slimming(width, groups, stages, multiple, signal, full, samples)
+    schedule = schedule_of(
+        steps=steps, batch=batch, lr=lr, every=every, seed=seed, precision=precision
+    )
+    lesson = Lesson(
+        (), schedule, experts_over=experts_over, length=length or 0, checkpointing=checkpointing
+    )
+    with bar() as progress:
+        made = run(
+            model, out, slimming, lesson=lesson, teacher=teacher, data=data, compute=compute,
+            progress=progress,
+        )  # fmt: skip
+        before, after = measured(
+            out, model, text=text or (), data=data, compute=compute, progress=progress
+        )
+    if json_:
+        told = [
+            asdict(stage) | {name: asdict(of) for name, of in trained.items()}
+            for stage, trained in zip(made.stages, made.trained, strict=True)
+        ]
+        print_json({"result": asdict(after), "stages": told})
+        return
+    print_change(before, after)
+    for stage, trained in zip(made.stages, made.trained, strict=True):
+        for of in trained.values():
+            say(f"experts of {stage.width}: held-out KL {of.began:.4f} -> {of.best:.4f} nats")
     say(f"in {made.folder}; next: moecule generate {made.folder} 'Once upon a time'")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
-from moecule.experts import Expert
+from moecule.experts import Expert, Experts
 from moecule.hf import WRONG, Streamed, auto_class, quiet, set_experts
 from moecule.moe import Moe, experts_in, experts_of, put_experts
 from moecule.narrow import ALIGNED
@@ -54,6 +54,21 @@ def narrow_expert(module: Any, expert: Expert, channels: Int[Tensor, " c"]) -> E
     return expert.taken(rows_of(module, at, expert.down.shape[1]), at)
 
 
+def of_one_width(module: Any, stay: Int[Tensor, "E C"]) -> Experts:
+    """Copies of a module's experts with these channels of each alone, in their order."""
+    experts = experts_of(module)
+    device = experts.down.device
+    at = stay.long().to(device)
+    rows = torch.stack([rows_of(module, of, experts.down.shape[2]) for of in at])
+    each, bias = torch.arange(len(at), device=device)[:, None], experts.gate_up_bias
+    return replace(
+        experts,
+        gate_up=experts.gate_up[each, rows],
+        down=experts.down.mT[each, at].mT.contiguous(),
+        gate_up_bias=None if bias is None else bias[each, rows],
+    )
+
+
 def cut_channels(
     streamed: Streamed, moe: Moe, keeps: Sequence[Keep], order: Int32[Tensor, "E F"]
 ) -> list[Expert] | None:
@@ -73,16 +88,7 @@ def cut_channels(
         for e, n in enumerate(widths):
             zero_channels(experts.down[e], order[e, n:].long())
         return narrow
-    device = experts.down.device
-    at = torch.stack(stay).long().to(device)
-    rows = torch.stack([rows_of(moe.experts, of, full) for of in at])
-    each, bias = torch.arange(len(at), device=device)[:, None], experts.gate_up_bias
-    made = replace(
-        experts,
-        gate_up=experts.gate_up[each, rows],
-        down=experts.down.mT[each, at].mT.contiguous(),
-        gate_up_bias=None if bias is None else bias[each, rows],
-    )
+    made = of_one_width(moe.experts, torch.stack(stay))
     for e, n in enumerate(widths if runs else ()):
         zero_channels(made.down[e], torch.arange(n, full))
     put_experts(moe.experts, made)
@@ -97,8 +103,7 @@ def width_key(model: Any, channels: int) -> str | None:
     It is tried, on meta. None where no key does so alone: where shared experts get their width from the
     same key, say; and for widths that torch's grouped product cannot take.
     """
-    whole = model.config
-    text = whole.get_text_config().to_dict()
+    text = model.config.get_text_config().to_dict()
     wide = {experts_of(m).down.shape[2] for _, m in experts_in(model)}
     if len(wide) > 1 or channels % ALIGNED or not channels:
         return None
@@ -107,16 +112,26 @@ def width_key(model: Any, channels: int) -> str | None:
     want = _narrowed(model, channels)
     key: str
     for key in sorted(keys, key=lambda k: (not k.startswith("moe"), k)):
-        config = copy.deepcopy(whole)
-        setattr(config.get_text_config(), key, channels)
-        try:
-            with torch.device("meta"), quiet():
-                made = auto_class(type(config)).from_config(config, dtype=model.dtype)
-        except WRONG:  # it is not meant so
-            continue
-        if {n: t.shape for n, t in made.state_dict().items()} == want:
+        if shapes_with(model, {key: channels}) == want:
             return key
     return None
+
+
+def shapes_with(model: Any, changes: Mapping[str, int]) -> dict[str, torch.Size] | None:
+    """Shapes of all tensors of the model that transformers makes, on meta, with these config keys.
+
+    `changes` are of the text part. None where no model comes of it.
+    """
+    config = copy.deepcopy(model.config)
+    for key, value in changes.items():
+        setattr(config.get_text_config(), key, value)
+    try:
+        config = type(config).from_dict(config.to_dict())  # as it is when it is opened
+        with torch.device("meta"), quiet():
+            made = auto_class(type(config)).from_config(config, dtype=model.dtype)
+    except WRONG:  # it is not meant so
+        return None
+    return {n: t.shape for n, t in made.state_dict().items()}
 
 
 def _narrowed(model: Any, channels: int) -> dict[str, torch.Size]:

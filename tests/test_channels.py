@@ -81,7 +81,7 @@ def counted(*batches: Seen) -> dict[int, dict[str, Tensor]]:
 
 def test_heapr_is_the_figure_worked_out_by_hand():
     # by the activations: 0.5 * [1, 0] and 0.25 * [0, 2] through the columns [1 0] [0 2] [2 1]
-    assert heapr.by_activation(seen()).tolist() == [[0.5, 0, 1], [0, 1, 0.5]]
+    assert seen().act_grad.tolist() == [[0.5, 0, 1], [0, 1, 0.5]]
     got = heapr.channels(counted(seen()), heapr.Options())[0]
     # means of the squares: activations 5, 2.5, 0; gradients 0.125, 0.5, 0.625
     assert got.tolist() == [[0.5 * 5 * 0.125, 0.5 * 2.5 * 0.5, 0]]
@@ -119,7 +119,7 @@ def test_the_gradient_goes_through_a_norm_at_the_end():
     act = ACT.clone().requires_grad_()
     loss = (plain.expert.out(act) * COEF[:, None] * GRAD).sum()
     (want,) = torch.autograd.grad(loss, act)
-    torch.testing.assert_close(heapr.by_activation(plain), want)
+    torch.testing.assert_close(plain.act_grad, want)
 
 
 @pytest.mark.parametrize("name", NARROWING)

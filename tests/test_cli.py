@@ -51,6 +51,8 @@ OPTIONS = {
     "plan": "bits clamp context drop fit json out quiet recipe set size target",
     "recipes": "json quiet",
     "report": "out quiet",
+    "slim": "batch checkpointing data device dtype every experts-over full groups json length lr multiple "
+    "out precision quiet samples seed signal stages steps teacher text width",
 }
 
 

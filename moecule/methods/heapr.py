@@ -26,11 +26,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float64
 from torch import Tensor
 
 from moecule.method import Method
-from moecule.stats import ACT_SQ, COUNT, Seen, Statistic, Stats
+from moecule.stats import ACT_SQ, COUNT, Statistic, Stats
 
 UNSEEN = -1.0  # of an expert that no token reached; its channels go first
 
@@ -44,23 +44,7 @@ class Options:
     weigh: Literal["mean", "tokens"] = "mean"
 
 
-def by_activation(seen: Seen) -> Float[Tensor, "t F"]:
-    """The gradient of the loss by what enters the down projection."""
-    assert seen.grad is not None  # the statistic says backward
-    by_out, expert = seen.coef[:, None].to(seen.out.dtype) * seen.grad, seen.expert
-    if expert.end is not None:
-        with torch.enable_grad():
-            plain = (seen.act @ expert.down.mT).detach()
-            if expert.down_bias is not None:
-                plain = plain + expert.down_bias
-            plain.requires_grad_()
-            (by_out,) = torch.autograd.grad(expert.end(plain), plain, by_out)
-    return by_out @ expert.down
-
-
-ACT_GRAD_SQ = Statistic(
-    "act_grad_sq", lambda s: by_activation(s).double().square().sum(0), backward=True
-)
+ACT_GRAD_SQ = Statistic("act_grad_sq", lambda s: s.act_grad.double().square().sum(0), backward=True)
 
 
 def channels(stats: Stats, options: Options) -> dict[int, Float64[Tensor, "E F"]]:

@@ -53,6 +53,7 @@ from moecule.train.student import (
     open_student,
     open_teacher,
     relative_rates,
+    save_memory,
     write_changed,
 )
 from moecule.train.teacher import Said, say
@@ -87,6 +88,9 @@ class Lesson:
     by_layer: bool = False
     experts_over: int = 1
     length: int = 0  # tokens of a window; 0: as calibration
+    checkpointing: bool = (
+        False  # layers keep their input alone, and are computed again on the way back
+    )
 
     def __post_init__(self) -> None:
         """Raises RecipeError for what cannot be."""
@@ -118,12 +122,36 @@ def heal(
     left to hold out, RecipeError for parts that do not move or too little memory, OutputError where
     `out` holds other things. Warns where the loss diverged; the best is kept then.
     """
-    out, ranks = Path(out), compute.ranks
     checkpoint = open_checkpoint(model)
-    _check_teacher(checkpoint, teacher)
+    check_teacher(checkpoint, teacher)
+    windows, held = lesson_windows(checkpoint, data, lesson, compute.ranks.size)
+    return teach(
+        checkpoint,
+        teacher,
+        Path(out),
+        windows,
+        held,
+        lesson=lesson,
+        compute=compute,
+        progress=progress,
+    )
+
+
+def teach(
+    checkpoint: Checkpoint,
+    teacher: str | Path,
+    out: Path,
+    windows: Int[Tensor, "N S"],
+    held: Int[Tensor, "M S"],
+    *,
+    lesson: Lesson = DEFAULT,
+    compute: Compute = AUTO,
+    progress: Progress = silent,
+) -> Healed:
+    """`heal` on windows that are given; those `held` out say which state is best."""
+    ranks = compute.ranks
     packed = checkpoint.config["model_type"] == PACKED
     parts = lesson.parts or (("scales", "router", "norms") if packed else ("all",))
-    windows, held = _windows(checkpoint, data, lesson, ranks.size)
     request = {
         "verb": "heal",
         "processes": ranks.size,
@@ -131,9 +159,9 @@ def heal(
         "tokens": [digest([windows]), digest([held])],
         **json.loads(json.dumps(asdict(lesson) | {"parts": list(parts)})),
     }
-    if ranks.share(_noted(out) == request, 0):
+    if ranks.share(noted(out) == request, 0):
         sweep(out, ranks, whole=True)
-        return Healed(out, _history(out))
+        return Healed(out, history(out))
     if ranks.is_first:
         check_out(out, placed(out))
     with journal_of(out, request, ranks) as journal:
@@ -152,13 +180,14 @@ def heal(
             if ranks.is_first:
                 _write(checkpoint, moved, journal.folder / MADE, request, trained)
         put_in_place(journal, out)
-    for name, of in _history(out).items():
+    for name, of in history(out).items():
         if of.stopped is not None:
             warnings.warn(f"{name}: {of.stopped}; the best before it was kept", stacklevel=2)
-    return Healed(out, _history(out))
+    return Healed(out, history(out))
 
 
-def _check_teacher(checkpoint: Checkpoint, teacher: str | Path) -> None:
+def check_teacher(checkpoint: Checkpoint, teacher: str | Path) -> None:
+    """Raise CheckpointError for a teacher of another vocabulary."""
     sizes = [
         skeleton(c, torch.float32)[0].config.get_text_config().vocab_size
         for c in (checkpoint, open_checkpoint(teacher))
@@ -170,10 +199,13 @@ def _check_teacher(checkpoint: Checkpoint, teacher: str | Path) -> None:
         )
 
 
-def _windows(
+def lesson_windows(
     checkpoint: Checkpoint, data: str | Path | None, lesson: Lesson, size: int
 ) -> tuple[Int[Tensor, "N S"], Int[Tensor, "M S"]]:
-    """(as many as the schedule sees, or all there are; held out)."""
+    """(as many as the schedule sees, or all there are; held out).
+
+    Raises DataError for text of which nothing is left to hold out.
+    """
     config = skeleton(checkpoint, torch.float32)[0].config
     length, schedule = window_length(config, lesson.length), lesson.schedule
     texts = read_texts(data or ASSETS / "text" / "calibration.jsonl")
@@ -188,14 +220,15 @@ def _windows(
     return seen, held[:even]
 
 
-def _noted(out: Path) -> Any:
+def noted(out: Path, which: str = HEALED) -> Any:
     """The request that made the checkpoint in `out`, if healing did."""
     if not (out / "config.json").is_file() or not (out / FILE).is_file():
         return None
-    return open_checkpoint(out).config.get("moecule", {}).get(HEALED)
+    return open_checkpoint(out).config.get("moecule", {}).get(which)
 
 
-def _history(out: Path) -> dict[str, Trained]:
+def history(out: Path) -> dict[str, Trained]:
+    """What came of the lesson that made the checkpoint in `out`."""
     said = parse_json((out / FILE).read_text(encoding="utf-8"))
     return {name: Trained.from_dict(of) for name, of in said.items()}
 
@@ -231,6 +264,8 @@ def _whole(
     """(what came of it, tensors that moved by their names on disk)."""
     theirs, said = _teacher(teacher, lesson, windows, held, compute, journal, progress)
     student = open_student(checkpoint.path, compute, parts=parts, experts_over=lesson.experts_over)
+    if lesson.checkpointing:
+        save_memory(student)
     # the first column numbers a window, for what the teacher has said of it
     numbers = torch.arange(len(windows) + len(held))[:, None]
     every = torch.cat([numbers, torch.cat([windows, held])], 1)

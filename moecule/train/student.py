@@ -18,6 +18,7 @@ import importlib.util
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -29,6 +30,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint as again
 from transformers import AutoConfig
 
 from moecule.budget import format_size
@@ -151,6 +153,12 @@ def _run_plain(model: Any) -> None:
     choose_experts(model)
     if experts_in(model)[0][1].config._experts_implementation == "grouped_mm":
         set_experts(model, PLAIN)
+
+
+def save_memory(student: Student) -> None:
+    """Let decoder layers keep their input alone, and be computed again on the way back."""
+    for layer in find_layers(student.model)[1]:
+        layer.forward = partial(again, layer.forward, use_reentrant=False)
 
 
 def check_shared(
