@@ -29,6 +29,7 @@ PROGRESS = re.compile(
     r"(calibrate|apply|check|evaluate|speed|listen|by layer) \d+/\d+( layers)?, .*host "
 )
 OPTIONS = {
+    "aggregate": "center dense json out quiet top-k",
     "apply": "data device dtype json length out quiet samples states trust-remote-code",
     "calibrate": "data device dtype json length out quiet recipe samples set states "
     "trust-remote-code",
