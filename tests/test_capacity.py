@@ -13,8 +13,8 @@ from scipy.stats import chi2, chisquare
 from torch import Tensor
 
 from moecule.errors import RecipeError
-from moecule.moe import find_moe
-from moecule.train.capacity import Capacity, balance, balancing, kept
+from moecule.moe import find_moe, listening
+from moecule.train.capacity import Capacity, balance, balancing, kept, limiting
 
 E = 4
 
@@ -153,3 +153,24 @@ def test_balance_is_read_off_the_routers(name, checkpoint):
     assert all(g is not None and g.abs().sum() > 0 for g in rows)
     model(ids, use_cache=False)
     assert told.terms == []  # and it is over
+
+
+@tiny.every_family
+def test_experts_take_as_many_as_they_may_and_only_while_training(name, checkpoint):
+    model, streamed = tiny.load(checkpoint(name)), tiny.stream(checkpoint(name))
+    moes = [m for layer in tiny.find_layers(model)[1] if (m := find_moe(layer, streamed.family))]
+    (ids,) = tiny.tokens(1)
+    want = tiny.logits(model, ids)
+    with limiting(moes, 100.0) as rules:
+        whole = model(ids, use_cache=False).logits
+        torch.testing.assert_close(whole.detach(), want, rtol=1e-6, atol=1e-6)
+        assert [r.share_left_out for r in rules] == [0] * len(moes)
+    with limiting(moes, 0.25, "position", 1) as rules, listening(moes[-1]) as heard:
+        assert torch.equal(tiny.logits(model, ids), want)
+        model(ids, use_cache=False)
+    assert all(0.5 < r.share_left_out < 1 for r in rules)
+    came, stayed = heard.idx[-1], heard.coef[-1] != 0
+    room = math.ceil(came.numel() / 8 * 0.25)
+    assert came[stayed].bincount(minlength=8).max() == room == rules[-1].room(came.numel())
+    assert torch.equal(stayed, kept(came, heard.coef[-1], room, "position"))
+    assert torch.equal(model(ids, use_cache=False).logits, whole)

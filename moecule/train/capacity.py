@@ -23,10 +23,11 @@ Differences from the paper:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -116,6 +117,36 @@ def balance(prob: Float[Tensor, "T E"], idx: Int[Tensor, "T K"]) -> Float[Tensor
     return n * (prob.mean(0) * share).sum()
 
 
+@contextmanager
+def limiting(
+    moes: Sequence[Moe], factor: float, select: Select = "random", least: int = LEAST
+) -> Iterator[list[Capacity]]:
+    """Within, experts of these layers take so many tokens where a gradient is wanted; a rule a layer.
+
+    What is measured without a gradient runs as it will be used, with nothing left out.
+    Raises RecipeError as `Capacity` does.
+    """
+    rules = [Capacity(moe.experts.num_experts, factor, select, least) for moe in moes]
+
+    def on_experts(rule: Capacity, module: object, args: Any, kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return None
+        x, idx, coef = (*args, *kwargs.values())
+        return (x, idx, rule(x, idx, coef)), {}
+
+    handles = [
+        moe.experts.register_forward_pre_hook(
+            partial(on_experts, rule), prepend=True, with_kwargs=True
+        )
+        for moe, rule in zip(moes, rules, strict=True)
+    ]
+    try:
+        yield rules
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @dataclass
 class Balance:
     """What routers said since it was last asked."""
@@ -130,7 +161,7 @@ class Balance:
 
 
 @contextmanager
-def balancing(moes: list[Moe], scores: str) -> Iterator[Balance]:
+def balancing(moes: Sequence[Moe], scores: str) -> Iterator[Balance]:
     """Within, every pass adds a term a layer. `scores`: of family.SCORES, of the routers' logits."""
     told = Balance()
 
