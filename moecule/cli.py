@@ -26,7 +26,7 @@ VERBS = (  # as --help lists them
     *(looking.inspect, looking.families, looking.methods, looking.recipes),
     *(making.calibrate, making.plan, making.apply, making.compress, making.export),
     *(making.cloze, looking.evaluate, looking.report, looking.compare),
-    *(teaching.heal, making.patterns, making.aggregate, looking.generate),
+    *(teaching.heal, teaching.train, making.patterns, making.aggregate, looking.generate),
 )
 for _verb in VERBS:
     app.command()(hushable(_verb))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -96,3 +96,65 @@ def heal(
     if len(said) == 1:
         say(f"held-out KL to the teacher: {said[0].began:.4f} -> {said[0].best:.4f} nats")
     say(f"in {made.folder}; next: moecule generate {made.folder} 'Once upon a time'")
+
+
+def train(
+    model: Model,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The trained checkpoint's folder.")],
+    parts: Parts = "all",
+    steps: Steps = 400,
+    batch: BatchSize = 16,
+    lr: Rate = 3e-4,
+    every: Every = 50,
+    seed: Seed = 0,
+    precision: Precision = "float32",
+    router_steps: Annotated[
+        int, typer.Option(help="Before the others: steps in which routers alone move.")
+    ] = 0,
+    new_routers: Annotated[
+        bool, typer.Option("--new-routers", help="Begin with routers at random (UNCURL).")
+    ] = False,
+    balance: Annotated[float, typer.Option(help="Weight of the loss that evens experts.")] = 0.01,
+    capacity: Annotated[
+        float | None,
+        typer.Option(help="Tokens that an expert takes, times its even share; without: all."),
+    ] = None,
+    select: Annotated[
+        Literal["random", "position", "probs"],
+        typer.Option(help="With --capacity, who is taken: by lot, the first, the likeliest."),
+    ] = "random",
+    experts_over: ExpertsOver = 1,
+    data: Data = None,
+    length: Length = None,
+    device: Device = "auto",
+    json_: Json = False,
+) -> None:
+    """Train a model on text, as after aggregate or dropping experts; never ends worse than it began."""
+    from moecule.train.fit import Fitting, fit
+    from moecule.train.heal import Lesson
+
+    lesson = Lesson(
+        parts_of(parts),
+        schedule_of(steps=steps, batch=batch, lr=lr, every=every, seed=seed, precision=precision),
+        experts_over=experts_over,
+        length=length or 0,
+    )
+    fitting = Fitting(lesson, router_steps, new_routers, balance, capacity, select)
+    with bar() as progress:
+        made = fit(
+            model,
+            out,
+            fitting=fitting,
+            data=data,
+            compute=compute_of(device, "float32", False),
+            progress=progress,
+        )
+    if json_:
+        told = {name: asdict(of) for name, of in made.trained.items()}
+        print_json({"checkpoint": str(made.folder), "training": told, "left_out": made.left_out})
+        return
+    for name, of in made.trained.items():
+        say(f"held-out loss, {name}: {of.began:.4f} -> {of.best:.4f} nats, step {of.best_step}")
+    if capacity is not None:
+        say(f"{made.left_out:.1%} of held-out pairs find no room; the model runs without a limit")
+    say(f"in {made.folder}; next: moecule evaluate {made.folder} --against {model}")

@@ -141,7 +141,7 @@ def test_balance_is_read_off_the_routers(name, checkpoint):
     moes = [m for layer in tiny.find_layers(model)[1] if (m := find_moe(layer, streamed.family))]
     scores = streamed.family.scores_in(model.config.get_text_config())
     (ids,) = tiny.tokens(1)
-    with balancing(moes, scores) as told:
+    with balancing(moes, 8, scores) as told:
         tiny.logits(model, ids)
         assert told.terms == []  # measuring is not training
         model(ids, use_cache=False)
@@ -161,11 +161,11 @@ def test_experts_take_as_many_as_they_may_and_only_while_training(name, checkpoi
     moes = [m for layer in tiny.find_layers(model)[1] if (m := find_moe(layer, streamed.family))]
     (ids,) = tiny.tokens(1)
     want = tiny.logits(model, ids)
-    with limiting(moes, 100.0) as rules:
+    with limiting(moes, 8, 100.0) as rules:
         whole = model(ids, use_cache=False).logits
         torch.testing.assert_close(whole.detach(), want, rtol=1e-6, atol=1e-6)
         assert [r.share_left_out for r in rules] == [0] * len(moes)
-    with limiting(moes, 0.25, "position", 1) as rules, listening(moes[-1]) as heard:
+    with limiting(moes, 8, 0.25, "position", 1) as rules, listening(moes[-1]) as heard:
         assert torch.equal(tiny.logits(model, ids), want)
         model(ids, use_cache=False)
     assert all(0.5 < r.share_left_out < 1 for r in rules)

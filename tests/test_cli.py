@@ -52,6 +52,8 @@ OPTIONS = {
     "plan": "bits clamp context drop fit json out quiet recipe set size target",
     "recipes": "json quiet",
     "report": "out quiet",
+    "train": "balance batch capacity data device every experts-over json length lr new-routers out "
+    "parts precision quiet router-steps seed select steps",
 }
 
 

@@ -1,14 +1,14 @@
-"""Four languages of one grammar, made by seed: sentences to translate, and to mend where words are hidden.
+"""Four languages of one grammar, made by seed: sentences to translate, or to mend where words are hidden.
 
-A sentence is eight words of a Markov chain. Each language has tokens of its own for the words, and a rule of
-its own for their order. An example is
+A sentence is eight words of a Markov chain. Each language has tokens of its own for the words, and a rule
+of its own for their order. An example is
 
-    [into] [from] eight words [then] eight words [end]        translate
-    [into] [mend] eight words, some hidden [then] eight words [end]
+    [into] [from] eight words [then] eight words [end]                translate
+    [into] [mend] eight words, some hidden [then] eight words [end]   mend
 
-the language that is wanted first, as in multilingual translation. How much, where the paper's text was not at
-hand, is ours: half of the examples are of either task, languages are drawn in proportion to n^(1/5) of sizes
-n that halve from one to the next, and spans of Poisson(3) words are hidden until 35 % are.
+the language that is wanted first. What follows is ours, for the paper's text was not at hand: half of the
+examples are of either task, languages are drawn in proportion to n^(1/5) of sizes n that halve from one
+to the next, and spans of Poisson(3) words are hidden until 35 % are.
 """
 
 from __future__ import annotations

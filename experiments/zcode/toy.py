@@ -99,10 +99,10 @@ def teach(
     schedule = Schedule(steps=steps, batch=setting.batch, lr=3e-3, every=steps, seed=setting.seed)
     choose_experts(model)
     with ExitStack() as stack:
-        told = stack.enter_context(balancing(moes, "softmax"))
+        told = stack.enter_context(balancing(moes, model.config.num_experts, "softmax"))
         rules = []
         if capacity is not None:
-            rules = stack.enter_context(limiting(moes, capacity, select))
+            rules = stack.enter_context(limiting(moes, model.config.num_experts, capacity, select))
 
         def loss(model: Any, ids: Int[Tensor, "B S"]) -> Float[Tensor, ""]:
             said = model(input_ids=ids, use_cache=False).logits

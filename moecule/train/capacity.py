@@ -17,7 +17,7 @@ Differences from the paper:
 - More picks a token: all pairs of an expert count alike, whichever pick they were (our reading), and
   `balance` is 1 where experts are used evenly, for any K (our scale).
 - Scores that are no softmax are scaled to sum to 1 over the experts before they are balanced (ours).
-- Each process has a capacity of its own, over its own tokens.
+- Each process limits and balances its own tokens of a micro batch.
 """
 
 from __future__ import annotations
@@ -80,6 +80,10 @@ class Capacity:
         self.left_out = self.left_out.to(keep.device) + (~keep).sum()
         return coef * keep
 
+    def forget(self) -> None:
+        """Count anew."""
+        self.pairs, self.left_out = 0, torch.zeros((), dtype=torch.int64)
+
     @property
     def share_left_out(self) -> float:
         """Of all pairs so far."""
@@ -119,19 +123,22 @@ def balance(prob: Float[Tensor, "T E"], idx: Int[Tensor, "T K"]) -> Float[Tensor
 
 @contextmanager
 def limiting(
-    moes: Sequence[Moe], factor: float, select: Select = "random", least: int = LEAST
+    moes: Sequence[Moe], experts: int, factor: float, select: Select = "random", least: int = LEAST
 ) -> Iterator[list[Capacity]]:
     """Within, experts of these layers take so many tokens where a gradient is wanted; a rule a layer.
 
-    What is measured without a gradient runs as it will be used, with nothing left out.
+    `experts`: of a layer, over all processes that share them. What is measured without a gradient
+    runs as it will be used, with nothing left out.
     Raises RecipeError as `Capacity` does.
     """
-    rules = [Capacity(moe.experts.num_experts, factor, select, least) for moe in moes]
+    rules = [Capacity(experts, factor, select, least) for _ in moes]
 
-    def on_experts(rule: Capacity, module: object, args: Any, kwargs: Any) -> Any:
+    def on_experts(
+        rule: Capacity, module: object, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+    ) -> Any:
         if not torch.is_grad_enabled():
             return None
-        x, idx, coef = (*args, *kwargs.values())
+        x, idx, coef = [*args, *kwargs.values()]
         return (x, idx, rule(x, idx, coef)), {}
 
     handles = [
@@ -161,8 +168,11 @@ class Balance:
 
 
 @contextmanager
-def balancing(moes: Sequence[Moe], scores: str) -> Iterator[Balance]:
-    """Within, every pass adds a term a layer. `scores`: of family.SCORES, of the routers' logits."""
+def balancing(moes: Sequence[Moe], experts: int, scores: str) -> Iterator[Balance]:
+    """Within, every pass with a gradient adds a term a layer; `experts` as in `limiting`.
+
+    `scores`: of family.SCORES, of the routers' logits.
+    """
     told = Balance()
 
     def on_router(module: object, args: object, out: tuple[Tensor, ...]) -> None:
@@ -170,7 +180,7 @@ def balancing(moes: Sequence[Moe], scores: str) -> Iterator[Balance]:
             return
         logits, idx = out[0].float(), out[2]
         # some routers score experts that always run in their last columns
-        p = probability(logits, scores)[:, : moes[0].experts.num_experts]
+        p = probability(logits, scores)[:, :experts]
         told.terms.append(balance(p if scores == "softmax" else p / p.sum(-1, keepdim=True), idx))
 
     handles = [moe.router.register_forward_hook(on_router) for moe in moes]
