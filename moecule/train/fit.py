@@ -10,14 +10,15 @@ which is the cross entropy alone, with no pair left out, as the model will be ru
 
 Differences from the papers:
 - UNCURL does not say how many steps its routers have alone, Z-code M3's text was not at hand; both here
-  have one schedule for either part, of `router_steps` and of the schedule's own.
+  have one schedule for either part, of `router_steps` and of the schedule's own. What routers have
+  learnt is rounded as the checkpoint stores it before all is trained.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moecule.batch import digest
+from moecule.checkpoint import Checkpoint
 from moecule.errors import CheckpointError, RecipeError
 from moecule.folder import HEALED
 from moecule.hf import PACKED, skeleton
@@ -46,7 +48,7 @@ from moecule.train.heal import (
 )
 from moecule.train.loop import Loss, Schedule, Trained, train
 from moecule.train.losses import next_token
-from moecule.train.student import Student, changes, mark, open_student
+from moecule.train.student import Student, changes, open_student
 from moecule.verbs import AUTO, MADE, put_in_place
 from moecule.writer import check_out
 
@@ -127,17 +129,7 @@ def fit(
             if ranks.is_first:
                 check_out(out, set())
             journal.add({"began": True})  # what follows leaves files of its own
-            student = open_student(
-                checkpoint.path,
-                compute,
-                parts=lesson.parts or ("all",),
-                experts_over=lesson.experts_over,
-            )
-            trained, left_out = _stages(student, fitting, windows, held, journal, progress)
-            moved, made = changes(student), journal.folder / MADE
-            if ranks.is_first:
-                noted = {HEALED: request, LEFT_OUT: left_out}
-                write_taught(checkpoint, moved, made, noted, trained)
+            _stages(checkpoint, fitting, request, windows, held, compute, journal, progress)
         put_in_place(journal, out)
     for name, of in history_of(out).items():
         if of.stopped is not None:
@@ -151,24 +143,58 @@ def _told(out: Path) -> Fitted:
 
 
 def _stages(
-    student: Student,
+    checkpoint: Checkpoint,
     fitting: Fitting,
+    request: Mapping[str, Any],
     windows: Int[Tensor, "N S"],
     held: Int[Tensor, "M S"],
+    compute: Compute,
     journal: Journal,
     progress: Progress,
-) -> tuple[dict[str, Trained], float]:
-    """(what came of routers alone and of all, the share of held-out pairs that find no room)."""
-    lesson, ranks = fitting.lesson, student.compute.ranks
+) -> None:
+    """Routers alone, then all: each opens what the one before has written; the last one is to stay."""
+    lesson = fitting.lesson
     stages = {"all": (lesson.parts or ("all",), lesson.schedule)}
     if fitting.router_steps:
         alone = replace(lesson.schedule, steps=fitting.router_steps)
         stages = {"router": (("router",), alone), **stages}
-    if fitting.new_routers:
-        renew_routers(student, lesson.schedule.seed)
     steps = sum(schedule.steps for _, schedule in stages.values())
     tick = ticker(progress, "train", steps, lesson.schedule.batch * windows.shape[1])
-    trained = {}
+    source, trained = checkpoint, dict[str, Trained]()
+    for name, (parts, schedule) in stages.items():
+        made = journal.folder / (MADE if name == "all" else name)
+        if {"stage": name} not in journal.entries:
+            student = open_student(
+                source.path, compute, parts=parts, experts_over=lesson.experts_over
+            )
+            if fitting.new_routers and source is checkpoint:
+                renew_routers(student, schedule.seed)
+            steps_of = journal.folder / f"{name}-steps"
+            trained[name], left_out = _train(
+                student, fitting, schedule, windows, held, steps_of, tick
+            )
+            moved = changes(student)
+            if compute.ranks.is_first:
+                noted = {HEALED: request, LEFT_OUT: left_out}
+                write_taught(source, moved, made, noted, trained)
+            journal.add({"stage": name})  # waits for all
+        else:
+            for _ in range(schedule.steps):
+                tick()
+        source, trained = open_checkpoint(made), history_of(made)
+
+
+def _train(
+    student: Student,
+    fitting: Fitting,
+    schedule: Schedule,
+    windows: Int[Tensor, "N S"],
+    held: Int[Tensor, "M S"],
+    folder: Path,
+    tick: Callable[[], None],
+) -> tuple[Trained, float]:
+    """(what came of it, the share of held-out pairs that then find no room)."""
+    ranks = student.compute.ranks
     with learning(student, fitting) as (loss, rules):
 
         @torch.no_grad()
@@ -178,20 +204,17 @@ def _stages(
                 total += len(part) * plain_loss(student, part).double().cpu()
             return float(ranks.add_up(total)) / len(held)
 
-        for name, (parts, schedule) in stages.items():
-            student.model.requires_grad_(False)
-            mark(student, parts)
-            trained[name] = train(
-                student.model,
-                loss,
-                windows,
-                schedule,
-                check=check,
-                folder=journal.folder / name,
-                ranks=ranks,
-                tick=tick,
-            )
-        return trained, _left_out(student, rules, held, lesson.schedule)
+        trained = train(
+            student.model,
+            loss,
+            windows,
+            schedule,
+            check=check,
+            folder=folder,
+            ranks=ranks,
+            tick=tick,
+        )
+        return trained, _left_out(student, rules, held, schedule)
 
 
 def plain_loss(student: Student, ids: Int[Tensor, "B S"]) -> Float[Tensor, ""]:
