@@ -2,7 +2,7 @@
 
     python -m experiments.zcode.toy -o experiments/zcode/toy.jsonl [--steps 800] [--seeds 3]
     python -m experiments.zcode.toy --quick -o FILE
-    python -m experiments.zcode.toy --tables experiments/zcode/toy.jsonl     this folder's README.md anew
+    python -m experiments.zcode.toy --tables experiments/zcode/toy.jsonl     the tables of README.md
 
 The model is Qwen3-MoE as transformers has it, two layers of experts of which one is picked, with the
 router's own probability as its coefficient (as the paper's gate; the paper's model is an encoder and a
@@ -262,7 +262,7 @@ def measure(setting: Setting, out: Path) -> None:
 
 
 def main() -> None:
-    """Measure, or write the tables below README.md's own words."""
+    """Measure, or print the tables of what was measured."""
     parser = argparse.ArgumentParser()
     parser.add_argument("-o", "--out", type=Path)
     parser.add_argument("--steps", type=int, default=800)
