@@ -19,7 +19,6 @@ Differences from the paper:
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -32,30 +31,26 @@ import torch
 from torch import Tensor
 
 from moecule.errors import CheckpointError, RecipeError
-from moecule.family import TOP_K_KEYS, text_part
 from moecule.files import write_text, writing
-from moecule.folder import set_number, side_files
+from moecule.folder import side_files
 from moecule.hf import Streamed, open_model, skeleton
-from moecule.journal import journal_of, placed
+from moecule.journal import journal_of, placed, sweep
 from moecule.moe import Moe, by_expert, find_layers, find_moe, until
-from moecule.session import Compute, Progress, open_checkpoint, silent, stream, ticker, tokenizer_of
-from moecule.writer import Writer, check_out, move_into
+from moecule.session import Compute, Progress, open_checkpoint, silent, stream, ticker
+from moecule.sources import (
+    check_alike,
+    check_softmax,
+    check_vocabularies,
+    config_of,
+    counts_of,
+    picks_of,
+)
+from moecule.verbs import MADE, put_in_place
+from moecule.writer import Writer, check_out
 
 Dense = Literal["average", "first"]
 CPU = Compute(device="cpu", dtype="float32")
-TOKENIZER = "tokenizer.json"
-# of config.json: says nothing of what a model computes, or is made anew
-APART = (
-    *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"),
-    *(
-        "moecule",
-        "use_cache",
-        "output_router_logits",
-        "router_aux_loss_coef",
-        "router_jitter_noise",
-    ),
-    *TOP_K_KEYS,
-)
+NOTED = "aggregated"  # in config.json
 
 
 @dataclass(frozen=True)
@@ -78,38 +73,48 @@ def aggregate(
 ) -> Aggregated:
     """A stock checkpoint in `out` with the experts of all models; a layer in memory at a time.
 
+    Does nothing where `out` holds just that.
     Raises RecipeError for fewer than two models and picks that cannot be, CheckpointError for models
-    that are not alike, OutputError where `out` holds anything.
+    that are not alike, OutputError where `out` holds other things.
     """
     out = Path(out)
     if len(models) < 2:
         raise RecipeError(f"{len(models)} model was given, wanted two or more; give A B ...")
-    check_out(out, placed(out))
     sources = [stream(model, CPU, empty=True) for model in models]
-    _check_alike(sources)
-    _check_vocabularies(sources)
-    config = _config(sources, top_k)
+    check_alike(sources)
+    check_vocabularies(sources)
+    config = config_of(sources, top_k)
     if center:
-        _check_softmax(sources[0], "centering changes what a source picks", "leave out --center")
+        check_softmax(sources[0], "centering changes what a source picks", "leave out --center")
     request = {
-        "verb": "aggregate",
-        "sources": [s.checkpoint.digest for s in sources],
+        "sources": [{"model": s.checkpoint.name, "digest": s.checkpoint.digest} for s in sources],
         "dense": dense,
         "top_k": top_k,
         "center": center,
     }
-    with journal_of(out, request) as journal:
-        made = journal.folder / "made"
+    config["moecule"] = {NOTED: request}
+    made = Aggregated(out, sum(counts_of(sources)), top_k or picks_of(sources))
+    if _noted(out) == request:
+        sweep(out, whole=True)
+        return made
+    check_out(out, placed(out))
+    with journal_of(out, {"verb": "aggregate", **request}) as journal:
         if not journal.is_written:
             check_out(out, set())
-            with writing(made):
-                made.mkdir(exist_ok=True)
-            write_text(made / "config.json", json.dumps(config, indent=2) + "\n")
-            _write(sources, made, config, _Way(dense, center), progress)
-            journal.written(p.name for p in made.iterdir())
-        move_into(made, out)
-        journal.remove()
-    return Aggregated(out, sum(_counts(sources)), _picks(sources) if top_k is None else top_k)
+            folder = journal.folder / MADE
+            with writing(folder):
+                folder.mkdir(exist_ok=True)
+            write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+            _write(sources, folder, config, _Way(dense, center), progress)
+        put_in_place(journal, out)
+    return made
+
+
+def _noted(out: Path) -> Any:
+    """What the checkpoint in `out` was aggregated of, if it was."""
+    if not (out / "config.json").is_file():
+        return None
+    return open_checkpoint(out).config.get("moecule", {}).get(NOTED)
 
 
 @dataclass(frozen=True)
@@ -218,115 +223,6 @@ def _scoring(moe: Moe) -> set[str]:
     names = {id(module): name for name, module in moe.layer.named_modules()}
     by = by_expert(moe, moe.experts.num_experts)
     return {f"{names[id(m)]}.{leaf}" for m, leaf, _ in by if leaf in ("weight", "bias")}
-
-
-def _counts(sources: Sequence[Streamed]) -> list[int]:
-    """Experts of a layer, by source."""
-    return [_moe(source).experts.num_experts for source in sources]
-
-
-def _picks(sources: Sequence[Streamed]) -> int:
-    """Experts that all routers together pick for a token."""
-    return sum(_moe(source).top_k for source in sources)
-
-
-def _moe(source: Streamed) -> Moe:
-    """The first there is: all of a model's layers have as many experts."""
-    return next(moe for i in range(len(source.layers)) if (moe := source.moe(i)))
-
-
-def _check_alike(sources: Sequence[Streamed]) -> None:
-    """Raise CheckpointError for models that differ in more than their number of experts."""
-    first, *others = sources
-    apart = {*APART, *first.family.count_keys}
-    mine = _plain(first.checkpoint.config, apart)
-    for other in others:
-        where = f"{first.checkpoint.name} and {other.checkpoint.name}"
-        theirs = _plain(other.checkpoint.config, apart)
-        for key in sorted(
-            {*mine, *theirs}, key=lambda k: (k != "model_type", k != "vocab_size", k)
-        ):
-            if mine.get(key) != theirs.get(key):
-                raise CheckpointError(
-                    f"{where} are not alike: {key} is {mine.get(key)!r} and {theirs.get(key)!r}; give "
-                    "models of one family, shape and vocabulary"
-                )
-        if set(first.disk) != set(other.disk):
-            name = min(set(first.disk) ^ set(other.disk))
-            raise CheckpointError(
-                f"{where} are not alike: one has no {name}; give models of one shape"
-            )
-    groups = first.family.n_groups(first.model.config.get_text_config())
-    if groups > 1 and len(set(_counts(sources))) > 1:
-        raise CheckpointError(
-            f"routers of these models pick among {groups} groups, and the models have {_counts(sources)} "
-            "experts a layer; give models with as many experts each"
-        )
-
-
-def _plain(config: Mapping[str, Any], apart: set[str]) -> dict[str, Any]:
-    """A config.json without what may differ, in one table."""
-    out: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict) and key not in apart:
-            out |= {f"{key}.{k}": v for k, v in _plain(value, apart).items()}
-        elif key not in apart:
-            out[key] = value
-    return out
-
-
-def _check_vocabularies(sources: Sequence[Streamed]) -> None:
-    """Raise CheckpointError for tokenizers that give one token two meanings."""
-    paths = [source.checkpoint.path for source in sources]
-    there = [p for p in paths if (p / TOKENIZER).is_file()]
-    if len({(p / TOKENIZER).read_bytes() for p in there}) < 2:
-        return
-    known = [tokenizer_of(p).get_vocab() for p in there]
-    for path, vocabulary in zip(there, known, strict=True):
-        if vocabulary != known[0]:
-            raise CheckpointError(
-                f"{there[0]} and {path} have tokenizers of other vocabularies; give models of one tokenizer"
-            )
-
-
-def _check_softmax(source: Streamed, what: str, mend: str) -> None:
-    scores = source.family.scores_in(source.model.config.get_text_config())
-    if scores not in ("softmax", "probability"):
-        raise RecipeError(
-            f"routers of {source.family.model_type} score by {scores}: {what}; {mend}"
-        )
-
-
-def _config(sources: Sequence[Streamed], top_k: int | None) -> dict[str, Any]:
-    """The result's config.json. Raises CheckpointError where no key of it counts experts."""
-    first, n, times = sources[0], sum(_counts(sources)), len(sources)
-    family, settings = first.family, first.model.config.get_text_config()
-    config: dict[str, Any] = copy.deepcopy(dict(first.checkpoint.config))
-    text = text_part(config)
-    for keys, what in ((family.count_keys, "experts"), (TOP_K_KEYS, "picks")):
-        if not set(keys) & set(text):
-            raise CheckpointError(
-                f"{first.checkpoint.path / 'config.json'} has no key that counts {what} ({', '.join(keys)}"
-                "); save the model anew with transformers"
-            )
-    for key in ("moecule", "auto_map"):
-        config.pop(key, None)
-    k, own = _picks(sources) if top_k is None else top_k, _moe(first).top_k
-    if not 1 <= k <= n:
-        raise RecipeError(f"top_k = {k}, and there are {n} experts; give 1 to {n}")
-    if k > own and not family.is_renormalised(settings):
-        _check_softmax(
-            first, f"{k} picks would add up to more than the {own} it has", f"give --top-k {own}"
-        )
-    set_number(text, family.count_keys, n)
-    set_number(text, TOP_K_KEYS, k)
-    if family.groups is not None and family.n_groups(settings) > 1:
-        text[family.groups] = times * family.n_groups(settings)
-        text["topk_group"] = times * family.top_groups(settings)
-    config["moecule"] = {
-        "aggregated": [{"model": s.checkpoint.name, "digest": s.checkpoint.digest} for s in sources]
-    }
-    return config
 
 
 def _target(first: Streamed, made: Path, config: Mapping[str, Any]) -> Any:

@@ -165,6 +165,13 @@ def test_what_cannot_be_is_refused(two, checkpoint, tmp_path):
         few = [changed(m, tmp_path / f"few{i}", num_local_experts=None) for i, m in enumerate(two)]
         aggregate(few, out)
     assert not out.exists() and not list(tmp_path.glob(".out*"))
+    made = aggregate(two, out)
+    before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    assert aggregate(two, out) == made
+    assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
+    with pytest.raises(OutputError, match="already holds"):
+        aggregate(two, out, dense="first")
+    shutil.rmtree(out)
     out.mkdir()
     (out / "mine.txt").write_text("mine")
     with pytest.raises(OutputError, match="already holds"):
