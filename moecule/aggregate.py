@@ -4,6 +4,7 @@ Aggregation of experts (AoE), Z-code M3: Kim et al., "Scalable and Efficient MoE
 Multilingual Models", 2021, arXiv:2109.10465: training of a larger MoE starts from trained smaller ones.
 
     experts, router rows, and all that a router has one of for each expert: one source's after another's
+    a bias that is for the choice alone, added to a softmax: divided by the number of sources
     all else: the mean over sources ("average"), or the first source's ("first")
     picks: the sum of the sources' picks, or `top_k`; groups of experts: the sum, and of those chosen
     center: W_e - mean of W over the source's experts, so a source's mean logit is 0 for every token
@@ -14,7 +15,7 @@ Centering changes nothing within a source whose scores are a softmax.
 
 Differences from the paper:
 - Its text was not at hand: it has the name and the purpose of this, and how dense weights become one,
-  how many experts are then picked, and centering are our reading.
+  how many experts are then picked, biases and centering are our reading.
 """
 
 from __future__ import annotations
@@ -152,6 +153,7 @@ def _write(
     """All that is not config.json, into `made`; then the folder is opened, and each tensor looked for."""
     first = sources[0]
     target = _target(first, made, config)
+    whole = replace(first, model=target)  # how experts lie on disk may hang on their number
     places = target.state_dict()
     writer = Writer(made)
     tick = ticker(progress, "aggregate", len(first.layers) + 1)
@@ -159,7 +161,7 @@ def _write(
         source.load_outer()
     names = set(first.outer_names())
     held = [{n: t for n, t in s.model.state_dict().items() if n in names} for s in sources]
-    writer.add("outer", first.to_disk({n: way.one([of[n] for of in held]) for n in held[0]}))
+    writer.add("outer", whole.to_disk({n: way.one([of[n] for of in held]) for n in held[0]}))
     tick()
     for i in range(len(first.layers)):
         state = _layer(sources, i, way)
@@ -169,7 +171,7 @@ def _write(
                 f"{first.checkpoint.path}: {wrong[0]} would be {tuple(state[wrong[0]].shape)}, and the "
                 f"family's config makes it {tuple(places[wrong[0]].shape)}; these cannot be aggregated"
             )
-        writer.add(f"layer-{i:04d}", first.to_disk(state))
+        writer.add(f"layer-{i:04d}", whole.to_disk(state))
         for source in sources:
             source.layers[i].to("meta")
         tick()
@@ -189,12 +191,17 @@ def _layer(sources: Sequence[Streamed], i: int, way: _Way) -> dict[str, Tensor]:
         return {prefix + n: way.one([state[n] for state in states]) for n in states[0]}
     counts = [moe.experts.num_experts for moe in moes]
     axes = _axes(moes[0])
+    text = sources[0].model.config.get_text_config()
+    softmax = sources[0].family.scores_in(text) == "softmax"
     out = {}
     for name in states[0]:
         tensors = [state[name] for state in states]
         if name not in axes:
             out[prefix + name] = way.one(tensors)
             continue
+        if softmax and name in _choosing(moes[0]):
+            # the softmax is over all sources' experts, and gives each so much less
+            tensors = [t / len(sources) for t in tensors]
         if way.center and name in _scoring(moes[0]):
             tensors = [_centered(t, n, axes[name]) for t, n in zip(tensors, counts, strict=True)]
         out[prefix + name] = way.all(tensors, counts, axes[name])
@@ -218,6 +225,13 @@ def _axes(moe: Moe) -> dict[str, int]:
     return found
 
 
+def _choosing(moe: Moe) -> set[str]:
+    """Of these, by name: what is added to scores for the choice alone, and is not in coefficients."""
+    names = {id(module): name for name, module in moe.layer.named_modules()}
+    by = by_expert(moe, moe.experts.num_experts)
+    return {f"{names[id(m)]}.{leaf}".lstrip(".") for m, leaf, _ in by if leaf.endswith("_bias")}
+
+
 def _scoring(moe: Moe) -> set[str]:
     """Of these, by name: what makes the router's logits. A bias for the choice alone does not."""
     names = {id(module): name for name, module in moe.layer.named_modules()}
@@ -235,6 +249,14 @@ def _target(first: Streamed, made: Path, config: Mapping[str, Any]) -> Any:
     with suppress(NotImplementedError, TypeError):  # it cannot be tried so
         given = until(
             moe.experts.register_forward_pre_hook, lambda: moe.block(hidden), with_kwargs=True
+        )
+    before = first.family.n_groups(first.model.config.get_text_config())
+    groups = before * len(config["moecule"][NOTED]["sources"]) if before > 1 else 1
+    found = family.n_groups(model.config.get_text_config())
+    if groups != found:
+        raise CheckpointError(
+            f"{first.checkpoint.path}: routers would pick among {found} groups of experts, and {groups} "
+            "were to be; these cannot be aggregated"
         )
     if given is not None:
         picked = [*given[1], *given[2].values()][1].shape[-1]

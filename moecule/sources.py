@@ -14,6 +14,7 @@ from moecule.moe import Moe
 from moecule.session import tokenizer_of
 
 TOKENIZER = "tokenizer.json"
+CHOSEN = "topk_group"  # of config.json: groups of experts that a router picks
 # of config.json: says nothing of what a model computes, or is made anew
 APART = (
     *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"),
@@ -133,6 +134,10 @@ def config_of(sources: Sequence[Streamed], top_k: int | None) -> dict[str, Any]:
     set_number(text, family.count_keys, n)
     set_number(text, TOP_K_KEYS, k)
     if family.groups is not None and family.n_groups(settings) > 1:
-        text[family.groups] = times * family.n_groups(settings)
-        text["topk_group"] = times * family.top_groups(settings)
+        for key, n in (
+            (family.groups, family.n_groups(settings)),
+            (CHOSEN, family.top_groups(settings)),
+        ):
+            # some families' files have another name for it
+            text[settings.attribute_map.get(key, key)] = times * n
     return config

@@ -120,9 +120,11 @@ def train(
         typer.Option(help="Tokens that an expert takes, times its even share; without: all."),
     ] = None,
     select: Annotated[
-        Literal["random", "position", "probs"],
-        typer.Option(help="With --capacity, who is taken: by lot, the first, the likeliest."),
-    ] = "random",
+        Literal["random", "position", "probs"] | None,
+        typer.Option(
+            help="With --capacity, who is taken: by lot, as without, first, or likeliest."
+        ),
+    ] = None,
     experts_over: ExpertsOver = 1,
     data: Data = None,
     length: Length = None,
@@ -130,16 +132,19 @@ def train(
     json_: Json = False,
 ) -> None:
     """Train a model on text, as after aggregate or dropping experts; never ends worse than it began."""
+    from moecule.errors import RecipeError
     from moecule.train.fit import Fitting, fit
     from moecule.train.heal import Lesson
 
+    if select is not None and capacity is None:
+        raise RecipeError("--select goes with --capacity; give that, such as 1.0, or leave it out")
     lesson = Lesson(
         parts_of(parts),
         schedule_of(steps=steps, batch=batch, lr=lr, every=every, seed=seed, precision=precision),
         experts_over=experts_over,
         length=length or 0,
     )
-    fitting = Fitting(lesson, router_steps, new_routers, balance, capacity, select)
+    fitting = Fitting(lesson, router_steps, new_routers, balance, capacity, select or "random")
     with bar() as progress:
         made = fit(
             model,

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import every
 import pytest
 import tiny
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from moecule.aggregate import aggregate
 from moecule.checkpoint import Checkpoint
 from moecule.errors import CheckpointError, OutputError, RecipeError
+from moecule.family import family_names
 from moecule.moe import experts_in, find_layers, find_moe
 from moecule.writer import Writer
 
@@ -48,7 +50,25 @@ def two(tmp_path) -> list[Path]:
     return [trained(tmp_path / f"model_{seed}", "mixtral", seed) for seed in (1, 2)]
 
 
-@tiny.every_family
+# between them groups, named as in memory or not, biases for the choice beside a sigmoid or a softmax,
+# biases of logits, scores that are not renormalised, and experts that lie otherwise on disk
+FAST = (
+    "deepseek_v3",
+    "ernie4_5_moe",
+    "gpt_oss",
+    "kimi_linear",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_vl_moe",
+)
+# their coefficients would add up to more, or their router picks two whatever it is told
+OWN_PICKS = ("dots1", "inkling_mm_model", "kolibri1", "phimoe")
+OTHERS = sorted({*family_names()} & {*every.known()} - {*FAST, *OWN_PICKS})
+
+
+@pytest.mark.parametrize(
+    "name", [*FAST, *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)]
+)
 def test_copies_of_a_model_compute_what_it_does(name, checkpoint, tmp_path):
     source = checkpoint(name)
     made = aggregate([source, source], tmp_path / "out")
@@ -56,12 +76,13 @@ def test_copies_of_a_model_compute_what_it_does(name, checkpoint, tmp_path):
     assert {m.num_experts for _, m in experts_in(tiny.load(made.folder))} == {16}
     want = logits(source)
     torch.testing.assert_close(
-        logits(made.folder), want, rtol=0, atol=2e-6 * float(want.abs().max())
+        logits(made.folder), want, rtol=0, atol=4e-6 * float(want.abs().max())
     )
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize(
+    ("name", "n"), [("mixtral", 2), ("mixtral", 3), ("qwen3_moe", 2), ("gpt_oss", 2)]
+)
 def test_but_for_the_order_of_sums_these_are_the_same_bits(
     name, n, checkpoint, tmp_path, monkeypatch
 ):

@@ -22,7 +22,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ class Bench:
         if not file.is_file():
             each = -(-n // len(domains))
             sampling = Sampling(samples=each, length=self.args.length, seed=self.seed)
-            tokenizer, texts = tokenizer_of(Path(self.model)), by_domain(self.args.data)
+            tokenizer, texts = tokenizer_of(Path(self.model)), texts_of(self.args.data)
             draws = [
                 sample_windows(tokenizer, texts[d], sampling, sampling.length) for d in domains
             ]
@@ -102,7 +102,6 @@ class Bench:
             renew_routers(student, self.seed)
         with learning(student, Fitting()) as (loss, _):
             for parts, n in (("router", alone), ("all", steps - alone)):
-                student.model.requires_grad_(False)
                 mark(student, (parts,))
                 if n:
                     train(student.model, loss, windows, self.schedule(n, lr))
@@ -151,6 +150,12 @@ class Bench:
             with written(opened, plan, batches) as made:
                 shutil.copytree(made, out)
         return out
+
+
+@cache
+def texts_of(file: str) -> dict[str, list[str]]:
+    """Train text by domain, read once."""
+    return by_domain(file)
 
 
 def load_top_k(model: str) -> int:
@@ -304,7 +309,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16, help="of each held-out file")
     parser.add_argument("--lr", type=float, default=5e-4, help="of what was trained before")
     parser.add_argument("--scratch-lr", type=float, default=2e-3, help="of what begins at random")
-    parser.add_argument("--precision", default="float32")
+    parser.add_argument("--precision", default="bfloat16", help="of products: or float32")
     parser.add_argument(
         "--quick", action="store_true", help="a few small steps, to see that it runs"
     )
@@ -317,7 +322,7 @@ def main() -> None:
         return
     if args.quick:
         args.seeds, args.steps, args.source_steps, args.batch = 1, 4, 2, 2
-        args.length, args.windows = 32, 1
+        args.length, args.windows, args.precision = 32, 1, "float32"
     for model in args.models:
         measure(model, args)
 
