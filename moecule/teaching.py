@@ -24,6 +24,21 @@ Parts = Annotated[
 ExpertsOver = Annotated[
     int, typer.Option(help="Processes that share each layer's experts; torchrun starts them.")
 ]
+RouterSteps = Annotated[
+    int, typer.Option(help="Before the others: steps in which routers alone move.")
+]
+NewRouters = Annotated[
+    bool, typer.Option("--new-routers", help="Begin with routers at random (UNCURL).")
+]
+Balance = Annotated[float, typer.Option(help="Weight of the loss that evens experts.")]
+CapacityOf = Annotated[
+    float | None,
+    typer.Option(help="Tokens that an expert takes, times its even share; without: all."),
+]
+Selected = Annotated[
+    Literal["random", "position", "probs"] | None,
+    typer.Option(help="With --capacity, who is taken: by lot (as without), first, or likeliest."),
+]
 
 
 def parts_of(given: str | None) -> tuple[str, ...]:
@@ -108,23 +123,11 @@ def train(
     every: Every = 50,
     seed: Seed = 0,
     precision: Precision = "float32",
-    router_steps: Annotated[
-        int, typer.Option(help="Before the others: steps in which routers alone move.")
-    ] = 0,
-    new_routers: Annotated[
-        bool, typer.Option("--new-routers", help="Begin with routers at random (UNCURL).")
-    ] = False,
-    balance: Annotated[float, typer.Option(help="Weight of the loss that evens experts.")] = 0.01,
-    capacity: Annotated[
-        float | None,
-        typer.Option(help="Tokens that an expert takes, times its even share; without: all."),
-    ] = None,
-    select: Annotated[
-        Literal["random", "position", "probs"] | None,
-        typer.Option(
-            help="With --capacity, who is taken: by lot, as without, first, or likeliest."
-        ),
-    ] = None,
+    router_steps: RouterSteps = 0,
+    new_routers: NewRouters = False,
+    balance: Balance = 0.01,
+    capacity: CapacityOf = None,
+    select: Selected = None,
     experts_over: ExpertsOver = 1,
     data: Data = None,
     length: Length = None,
