@@ -33,7 +33,7 @@ from torch import Tensor
 
 from moecule.errors import CheckpointError, RecipeError
 from moecule.files import write_text, writing
-from moecule.folder import side_files
+from moecule.folder import HEALED, side_files
 from moecule.hf import Streamed, open_model, skeleton
 from moecule.journal import journal_of, placed, sweep
 from moecule.moe import Moe, by_expert, find_layers, find_moe, until
@@ -112,10 +112,11 @@ def aggregate(
 
 
 def _noted(out: Path) -> Any:
-    """What the checkpoint in `out` was aggregated of, if it was."""
+    """What the checkpoint in `out` was aggregated of, if it was and is as it was made."""
     if not (out / "config.json").is_file():
         return None
-    return open_checkpoint(out).config.get("moecule", {}).get(NOTED)
+    noted = open_checkpoint(out).config.get("moecule", {})
+    return None if HEALED in noted else noted.get(NOTED)
 
 
 @dataclass(frozen=True)

@@ -175,6 +175,8 @@ def test_several_models_then_one_by_command(model, text, tmp_path):
     told = json.loads(out)
     assert told["training"]["all"]["best"] < told["training"]["all"]["began"]
     assert 0 <= told["left_out"] < 1
+    with pytest.raises(OutputError, match="already holds"):  # it is no longer what was aggregated
+        aggregate([model, model], tmp_path / "out", top_k=2)
     given = ("train", made.folder, "-o", tmp_path / "no")
     assert "capacity = -1" in refused(tmp_path, *given, "--capacity", "-1")
     assert "--select goes with --capacity" in refused(tmp_path, *given, "--select", "probs")
