@@ -101,10 +101,12 @@ class Bench:
         if new_routers:
             renew_routers(student, self.seed)
         with learning(student, Fitting()) as (loss, _):
+            # routers that begin at random have a longer way
+            rates = {"router": self.args.scratch_lr, "all": lr}
             for parts, n in (("router", alone), ("all", steps - alone)):
                 mark(student, (parts,))
                 if n:
-                    train(student.model, loss, windows, self.schedule(n, lr))
+                    train(student.model, loss, windows, self.schedule(n, rates[parts]))
         return student
 
     def source(self, half: int) -> Path:
@@ -308,7 +310,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16, help="of each held-out file")
     parser.add_argument("--lr", type=float, default=5e-4, help="of what was trained before")
-    parser.add_argument("--scratch-lr", type=float, default=2e-3, help="of what begins at random")
+    parser.add_argument(
+        "--scratch-lr",
+        type=float,
+        default=2e-3,
+        help="of what begins at random, and of routers alone",
+    )
     parser.add_argument("--precision", default="bfloat16", help="of products: or float32")
     parser.add_argument(
         "--quick", action="store_true", help="a few small steps, to see that it runs"
