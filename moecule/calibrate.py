@@ -14,7 +14,7 @@ from moecule.errors import CheckpointError
 from moecule.experts import Expert
 from moecule.hf import Streamed
 from moecule.journal import NO_TRAIL, Trail
-from moecule.moe import Heard, Moe, experts_of, listening
+from moecule.moe import Heard, Moe, experts_of, listening, probability
 from moecule.stats import LayerSeen, Routed, Seen, Statistic
 from moecule.subset import Calls, block_of, recalling
 from moecule.walk import Tick, Walked, walk, walk_back
@@ -157,7 +157,7 @@ def router_sums(streamed: Streamed, moe: Moe, heard: Heard, needs: Sequence[Stat
     for x, logits, idx, coef in (
         zip(heard.x, heard.logits, heard.idx, heard.coef, strict=True) if wanted else ()
     ):
-        prob = _probability(logits, scores)
+        prob = probability(logits, scores)
         # some routers score experts that always run in their last columns
         seen = Routed(logits[:, :n], prob[:, :n], idx, coef)
         for s, of in wanted.items():
@@ -223,20 +223,11 @@ class _Routing:
         return _Routing(
             token=token.split(counts),  # where what was heard lies
             coef=runs(coef.flatten()[at]),
-            prob=runs(_probability(heard.logits[b], scores)[token, expert]),
+            prob=runs(probability(heard.logits[b], scores)[token, expert]),
             ratio=runs((coef / coef.amax(-1, keepdim=True)).flatten()[at]),
             rank=runs(torch.empty_like(order).scatter_(-1, order, places).flatten()[at]),
             total=runs(coef.sum(-1)[token]),
         )
-
-
-def _probability(logits: Float[Tensor, "T E"], scores: str) -> Float[Tensor, "T E"]:
-    """What a token thought of each expert before some were chosen; `scores` is of family.SCORES."""
-    if scores == "softmax":
-        return logits.softmax(-1)
-    if scores == "sigmoid":
-        return logits.sigmoid()
-    return torch.nn.functional.softplus(logits).sqrt() if scores == "sqrtsoftplus" else logits
 
 
 def seen_by(

@@ -27,6 +27,7 @@ VERBS = (  # as --help lists them
     *(making.calibrate, making.plan, making.apply, making.compress, making.export),
     *(making.cloze, looking.evaluate, looking.report, looking.compare),
     *(teaching.heal, teaching.slim, making.patterns, looking.generate),
+    *(teaching.heal, teaching.train, making.patterns, making.aggregate, looking.generate),
 )
 for _verb in VERBS:
     app.command()(hushable(_verb))

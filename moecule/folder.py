@@ -98,11 +98,11 @@ def write_config(
     config.pop("moecule", None)  # of how the source was made
     text = text_part(config)
     if plan.top_k is not None:
-        _set(text, TOP_K_KEYS, plan.top_k)
+        set_number(text, TOP_K_KEYS, plan.top_k)
     if is_stock(plan, done.width_key):
         config.pop("auto_map", None)  # names code that is not copied, and not needed
         keeps = [f for f in next(iter(plan.layers.values())) if isinstance(f, Keep)]
-        _set(text, family.count_keys, len(keeps))
+        set_number(text, family.count_keys, len(keeps))
         if done.width_key is not None and keeps[0].channels is not None:
             text[done.width_key] = keeps[0].channels
     else:
@@ -121,8 +121,8 @@ def write_config(
     write_text(folder / "README.md", _card(source, plan, done))
 
 
-def _set(text: dict[str, Any], keys: Sequence[str], value: int) -> None:
-    """Whichever of the keys there are; some have a number for each layer."""
+def set_number(text: dict[str, Any], keys: Sequence[str], value: int) -> None:
+    """Of a config, whichever of the keys there are; some have a number for each layer."""
     for key in set(keys) & set(text):
         text[key] = [value] * len(text[key]) if isinstance(text[key], list) else value
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -221,6 +221,38 @@ def patterns(
     say(
         f"{len(made.tasks)} patterns in {out}; next: moecule generate {model} 'Once upon a time' "
         f"--patterns {out} --experts N, of {n}"
+    )
+
+
+def aggregate(
+    models: Annotated[
+        list[str], typer.Argument(help="Models of one family and shape.", metavar="A B...")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The larger checkpoint's folder.")],
+    dense: Annotated[
+        Literal["average", "first"],
+        typer.Option(help="What is no expert's: the mean of all, or the first one's."),
+    ] = "average",
+    top_k: Annotated[
+        int | None,
+        typer.Option(help="Experts picked for a token; without: as many as all models together."),
+    ] = None,
+    center: Annotated[
+        bool, typer.Option("--center", help="Even routers: the mean of a model's logits is 0.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Make one larger model of several, with the experts of all: a start for training."""
+    from moecule.aggregate import aggregate as run
+
+    with bar() as progress:
+        made = run(models, out, dense=dense, top_k=top_k, center=center, progress=progress)
+    if json_:
+        print_json({"checkpoint": str(made.folder), "experts": made.experts, "top_k": made.top_k})
+        return
+    say(
+        f"{made.experts} experts a layer, {made.top_k} picked, in {made.folder}; next: moecule train "
+        f"{made.folder} -o OUT --data F"
     )
 
 

@@ -159,6 +159,15 @@ def router_logits(moe: Moe, run: Callable[[], object]) -> Float[Tensor, "T E"]:
     return logits.float()
 
 
+def probability(logits: Float[Tensor, "T E"], scores: str) -> Float[Tensor, "T E"]:
+    """What a token thought of each expert before some were chosen; `scores` is of family.SCORES."""
+    if scores == "softmax":
+        return logits.softmax(-1)
+    if scores == "sigmoid":
+        return logits.sigmoid()
+    return torch.nn.functional.softplus(logits).sqrt() if scores == "sqrtsoftplus" else logits
+
+
 def try_router(moe: Moe, hidden: Float[Tensor, "B S H"]) -> None:
     """Let the block pick experts, on meta too. Raises what the model raises where it cannot."""
     with suppress(NotImplementedError, TypeError):  # it cannot be tried so

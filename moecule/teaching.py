@@ -24,6 +24,21 @@ Parts = Annotated[
 ExpertsOver = Annotated[
     int, typer.Option(help="Processes that share each layer's experts; torchrun starts them.")
 ]
+RouterSteps = Annotated[
+    int, typer.Option(help="Before the others: steps in which routers alone move.")
+]
+NewRouters = Annotated[
+    bool, typer.Option("--new-routers", help="Begin with routers at random (UNCURL).")
+]
+Balance = Annotated[float, typer.Option(help="Weight of the loss that evens experts.")]
+CapacityOf = Annotated[
+    float | None,
+    typer.Option(help="Tokens that an expert takes, times its even share; without: all."),
+]
+Selected = Annotated[
+    Literal["random", "position", "probs"] | None,
+    typer.Option(help="With --capacity, who is taken: by lot (as without), first, or likeliest."),
+]
 
 
 Width = Annotated[int | None, typer.Option(help="Channels that every expert keeps; without: all.")]
@@ -176,3 +191,56 @@ def slim(
         for of in trained.values():
             say(f"experts of {stage.width}: held-out KL {of.began:.4f} -> {of.best:.4f} nats")
     say(f"in {made.folder}; next: moecule generate {made.folder} 'Once upon a time'")
+def train(
+    model: Model,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The trained checkpoint's folder.")],
+    parts: Parts = "all",
+    steps: Steps = 400,
+    batch: BatchSize = 16,
+    lr: Rate = 3e-4,
+    every: Every = 50,
+    seed: Seed = 0,
+    precision: Precision = "float32",
+    router_steps: RouterSteps = 0,
+    new_routers: NewRouters = False,
+    balance: Balance = 0.01,
+    capacity: CapacityOf = None,
+    select: Selected = None,
+    experts_over: ExpertsOver = 1,
+    data: Data = None,
+    length: Length = None,
+    device: Device = "auto",
+    json_: Json = False,
+) -> None:
+    """Train a model on text, as after aggregate or dropping experts; never ends worse than it began."""
+    from moecule.errors import RecipeError
+    from moecule.train.fit import Fitting, fit
+    from moecule.train.heal import Lesson
+
+    if select is not None and capacity is None:
+        raise RecipeError("--select goes with --capacity; give that, such as 1.0, or leave it out")
+    lesson = Lesson(
+        parts_of(parts),
+        schedule_of(steps=steps, batch=batch, lr=lr, every=every, seed=seed, precision=precision),
+        experts_over=experts_over,
+        length=length or 0,
+    )
+    fitting = Fitting(lesson, router_steps, new_routers, balance, capacity, select or "random")
+    with bar() as progress:
+        made = fit(
+            model,
+            out,
+            fitting=fitting,
+            data=data,
+            compute=compute_of(device, "float32", False),
+            progress=progress,
+        )
+    if json_:
+        told = {name: asdict(of) for name, of in made.trained.items()}
+        print_json({"checkpoint": str(made.folder), "training": told, "left_out": made.left_out})
+        return
+    for name, of in made.trained.items():
+        say(f"held-out loss, {name}: {of.began:.4f} -> {of.best:.4f} nats, step {of.best_step}")
+    if capacity is not None:
+        say(f"{made.left_out:.1%} of held-out pairs find no room; the model runs without a limit")
+    say(f"in {made.folder}; next: moecule evaluate {made.folder} --against {model}")

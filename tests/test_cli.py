@@ -29,6 +29,7 @@ PROGRESS = re.compile(
     r"(calibrate|apply|check|evaluate|speed|listen|by layer) \d+/\d+( layers)?, .*host "
 )
 OPTIONS = {
+    "aggregate": "center dense json out quiet top-k",
     "apply": "data device dtype json length out quiet samples states trust-remote-code",
     "calibrate": "data device dtype json length out quiet recipe samples set states "
     "trust-remote-code",
@@ -53,6 +54,8 @@ OPTIONS = {
     "report": "out quiet",
     "slim": "batch checkpointing data device dtype every experts-over full groups json length lr multiple "
     "out precision quiet samples seed signal stages steps teacher text width",
+    "train": "balance batch capacity data device every experts-over json length lr new-routers out "
+    "parts precision quiet router-steps seed select steps",
 }
 
 

@@ -12,8 +12,9 @@ P_i puts the channels of i where those of the member used most are that they fit
 products of their weights. A cluster that no token reached takes the plain mean.
 
 Differences from the paper:
-- It makes a new router, at random, and trains that and then all. Here nothing is trained: a cluster's
-  row is the mean of its members' rows, weighted as the experts are (merge.router = "mean").
+- It makes a new router, at random, and trains that and then all. Merging trains nothing: a cluster's
+  row is the mean of its members' rows, weighted as the experts are (merge.router = "mean"). What the
+  paper does then is `moecule train --new-routers --router-steps N`.
 - k-means starts from the point farthest from the mean and those farthest from it, not by lot.
 - Rows of gate and up projections both count in an alignment; the paper's experts have no gate.
 """

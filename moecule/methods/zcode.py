@@ -1,7 +1,7 @@
 """Z-code M3: drop the experts used least, or experts drawn by lot.
 
 Kim et al., "Scalable and Efficient MoE Training for Multitask Multilingual Models", 2021,
-arXiv:2109.10465 (its expert pruning; the training that follows is not part of this).
+arXiv:2109.10465 (its expert pruning; `moecule train` is what follows).
 
     utilisation:  score_e = n_e / sum of n over the layer,   n_e tokens routed to e
     random:       score_e by lot

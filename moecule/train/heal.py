@@ -152,6 +152,7 @@ def teach(
     ranks = compute.ranks
     packed = checkpoint.config["model_type"] == PACKED
     parts = lesson.parts or (("scales", "router", "norms") if packed else ("all",))
+    windows, held = lesson_windows(checkpoint, data, lesson, ranks.size)
     request = {
         "verb": "heal",
         "processes": ranks.size,
@@ -162,6 +163,9 @@ def teach(
     if ranks.share(noted(out) == request, 0):
         sweep(out, ranks, whole=True)
         return Healed(out, history(out))
+    if ranks.share(noted_in(out) == request, 0):
+        sweep(out, ranks, whole=True)
+        return Healed(out, history_of(out))
     if ranks.is_first:
         check_out(out, placed(out))
     with journal_of(out, request, ranks) as journal:
@@ -178,12 +182,16 @@ def teach(
                     checkpoint, teacher, lesson, parts, windows, held, compute, journal, progress
                 )
             if ranks.is_first:
-                _write(checkpoint, moved, journal.folder / MADE, request, trained)
+                write_taught(checkpoint, moved, journal.folder / MADE, {HEALED: request}, trained)
         put_in_place(journal, out)
     for name, of in history(out).items():
         if of.stopped is not None:
             warnings.warn(f"{name}: {of.stopped}; the best before it was kept", stacklevel=2)
     return Healed(out, history(out))
+    for name, of in history_of(out).items():
+        if of.stopped is not None:
+            warnings.warn(f"{name}: {of.stopped}; the best before it was kept", stacklevel=2)
+    return Healed(out, history_of(out))
 
 
 def check_teacher(checkpoint: Checkpoint, teacher: str | Path) -> None:
@@ -222,6 +230,8 @@ def lesson_windows(
 
 def noted(out: Path, which: str = HEALED) -> Any:
     """The request that made the checkpoint in `out`, if healing did."""
+def noted_in(out: Path) -> Any:
+    """The request that made the checkpoint in `out`, if healing or training did."""
     if not (out / "config.json").is_file() or not (out / FILE).is_file():
         return None
     return open_checkpoint(out).config.get("moecule", {}).get(which)
@@ -229,21 +239,23 @@ def noted(out: Path, which: str = HEALED) -> Any:
 
 def history(out: Path) -> dict[str, Trained]:
     """What came of the lesson that made the checkpoint in `out`."""
+def history_of(out: Path) -> dict[str, Trained]:
+    """What came of it, by its parts."""
     said = parse_json((out / FILE).read_text(encoding="utf-8"))
     return {name: Trained.from_dict(of) for name, of in said.items()}
 
 
-def _write(
+def write_taught(
     checkpoint: Checkpoint,
     moved: Mapping[str, Tensor],
     made: Path,
-    request: Mapping[str, Any],
+    noted: Mapping[str, Any],
     trained: Mapping[str, Trained],
 ) -> None:
-    """The checkpoint anew, and what came of the lesson."""
+    """The checkpoint anew into `made`, what is `noted` in its config.json, and what came of the lesson."""
     write_changed(checkpoint, moved, made)
     config = dict(parse_json((made / "config.json").read_text(encoding="utf-8")))
-    config["moecule"] = {**config.get("moecule", {}), HEALED: dict(request)}
+    config["moecule"] = {**config.get("moecule", {}), **noted}
     write_text(made / "config.json", json.dumps(config, indent=2) + "\n")
     for stale in ("result.json", EVIDENCE, "report.html", "report.md"):  # of what it was before
         (made / stale).unlink(missing_ok=True)
