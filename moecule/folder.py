@@ -23,6 +23,7 @@ from moecule.plan import Keep, Plan
 
 REQUIRED = "moecule_required"
 HEALED = "healed"  # in config.json, of a checkpoint that was trained after it was made
+LEARNT = "masks"  # in config.json, of a checkpoint whose masks were learnt after it was made
 REQUIRED_CODE = '''"""This checkpoint's experts are packed by moecule: pip install moecule."""
 
 import moecule
