@@ -100,9 +100,7 @@ def _compress(
     seconds["apply"] = _since(start)
     start = time.perf_counter()
     if isinstance(read_plan(file).skip, Masks):
-        learn_masks(
-            out, data=data, sampling=chosen.data, compute=compute, progress=progress
-        )
+        learn_masks(out, data=data, sampling=chosen.data, compute=compute, progress=progress)
         seconds["learn"] = _since(start)
     before, after = measured(
         out,

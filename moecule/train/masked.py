@@ -58,9 +58,7 @@ class MaskedLayer(nn.Module):
         for name, tensor in head.items():
             self.register_parameter(name, nn.Parameter(tensor.clone()))
 
-    def forward(
-        self, x: Float[Tensor, "T H"], coef: Float[Tensor, "T K"]
-    ) -> Float[Tensor, "T K"]:
+    def forward(self, x: Float[Tensor, "T H"], coef: Float[Tensor, "T K"]) -> Float[Tensor, "T K"]:
         mode = self.mode
         if mode.how == "all":
             return coef

@@ -136,7 +136,7 @@ def learn_masks(
 
 
 def _learnt(folder: Path, said: Mapping[str, Any]) -> Learnt:
-    return Learnt(folder, said["keep"], said["kl_nats"], Trained(**said["trained"]))
+    return Learnt(folder, said["keep"], said["kl_nats"], Trained.from_dict(said["trained"]))
 
 
 def _warn(learnt: Learnt, options: otp.Options) -> None:
@@ -167,7 +167,7 @@ def learning_windows(
     texts, tokenizer = read_texts(file), tokenizer_of(checkpoint.path)
     windows, _ = split_windows(tokenizer, texts, wanted, length, HELD_OUT)
     check_tokens(windows, config)
-    checked = min(CHECKED, len(windows) // 4)
+    checked = min(CHECKED, len(windows) // 2)
     if not checked:
         raise DataError(
             f"{file} leaves {len(windows)} windows of {length} tokens to learn masks from; give more text"
@@ -191,9 +191,7 @@ def _taught(
     model = load(checkpoint.path, compute)
     prefix, layers = find_layers(model)
     moes = {i: m for i, layer in enumerate(layers) if (m := find_moe(layer, family))}
-    first = {
-        i: otp.first_head(i, m.experts.hears, m.top_k, options) for i, m in moes.items()
-    }
+    first = {i: otp.first_head(i, m.experts.hears, m.top_k, options) for i, m in moes.items()}
     fewest = len(moes) / sum(m.top_k for m in moes.values())
     pupil = Pupil(model, family, first, max(options.keep - BELOW, fewest), ranks)
     tau, made = [options.hot], 0
