@@ -99,7 +99,9 @@ class LayerMask(nn.Module):
         if not self.switch.on:
             return idx, coef
         ordered, order = otp.ranked(coef)
-        head = {n: bits.view(torch.float32) for n, bits in self._buffers.items() if bits is not None}
+        head = {
+            n: bits.view(torch.float32) for n, bits in self._buffers.items() if bits is not None
+        }
         run = otp.unranked(otp.hard(otp.scores(head, x, ordered)), order)
         _count(self.switch, self.index, run)
         return idx.masked_fill(~run, nobody), otp.weighed(coef, run, self.renormalised)

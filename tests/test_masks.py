@@ -30,7 +30,22 @@ CPU = Compute("cpu")
 SAMPLING = Sampling(length=24)
 CHANGES = {"hidden": 8, "samples": 60, "steps": 24, "batch": 6, "lr": 0.02, "keep": 0.8}
 HOW = load_recipe("mc_sharp").skip.as_dict() | CHANGES
-WORDS = "the cat sat on a mat and dog ran by 7 of them were fed at noon with fish".split()
+WORDS = (
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "dog",
+    "ran",
+    "by",
+    "7",
+    "were",
+    "fed",
+    "fish",
+)
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,12 @@
     python -m experiments.otp.measure MODEL ... --data TRAIN.jsonl.xz --text VAL/*.txt -o ROWS.jsonl
         [--seeds 0 1 2] [--keeps 0.9 0.8 0.7] [--windows 64] [--set KEY=VALUE ...] [--quick]
 
-A model is compressed once a seed by `mc` at 2.5 bits, without skipping. Masks then learn, once for each share
-of pairs that is to run. ODP's thresholds (least damage by Fisher, with and without protected tokens) are given
-the highest rate at which they leave out no more pairs of held-out train text than the masks do; what both
-leave out of the text that is measured stands beside the loss. Lines that ROWS.jsonl has are not
-measured again. `--quick` is the embedded model, its text, and a few steps; `--set` changes the recipe
-mc_sharp (skip.lr=0.01) and is noted. `tables.py` makes this folder's README.md of the lines.
+A model is compressed once a seed by `mc` at 2.5 bits, without skipping. Masks then learn, once for each
+share of pairs that is to run. ODP's thresholds (least damage by Fisher, with and without protected
+tokens) are given the highest rate at which they leave out no more pairs of held-out train text than the
+masks do; what both leave out of the text that is measured stands beside the loss. Lines that ROWS.jsonl
+has are not measured again. `--quick` is the embedded model, its text, and a few steps; `--set` changes the
+recipe mc_sharp (skip.lr=0.01) and is noted. `tables.py` makes this folder's README.md of the lines.
 """
 
 from __future__ import annotations
@@ -153,12 +153,12 @@ def rows(
     device = device_name(FLOAT32.torch_device())
     if key(common | {"rule": "none", "keep": 1.0}) not in had:
         plain = load(base.folder, FLOAT32)
-        by_file = {
-            f: {"loss": window_losses(plain, w, BATCH).tolist()} for f, w in texts.items()
-        }
+        by_file = {f: {"loss": window_losses(plain, w, BATCH).tolist()} for f, w in texts.items()}
         yield common | {"rule": "none", "keep": 1.0, "by_file": by_file, "device": device}
     for keep in args.keeps:
-        wanted = [r for r in ("otp", *PROTECTED) if key(common | {"rule": r, "keep": keep}) not in had]
+        wanted = [
+            r for r in ("otp", *PROTECTED) if key(common | {"rule": r, "keep": keep}) not in had
+        ]
         if not wanted:
             continue
         changes = {**args.changes, "skip.keep": keep, "skip.seed": seed}

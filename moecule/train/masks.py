@@ -144,8 +144,8 @@ def _warn(learnt: Learnt, options: otp.Options) -> None:
         warnings.warn(f"{learnt.trained.stopped}; the best before it was kept", stacklevel=3)
     if abs(learnt.keep - options.keep) > OFF:
         warnings.warn(
-            f"the masks run {100 * learnt.keep:.1f} % of the pairs, and {100 * options.keep:g} % were asked "
-            "for; give more steps (--set skip.steps)",
+            f"the masks run {100 * learnt.keep:.1f} % of the pairs, wanted {100 * options.keep:g} %; give "
+            "more steps (--set skip.steps)",
             stacklevel=3,
         )
 
