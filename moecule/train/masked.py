@@ -1,7 +1,7 @@
 """A packed model that runs with masks while they are learnt: drawn, hard, or with all experts.
 
-Heads are parameters, all else stays. Experts are unpacked as `thaw` has them, for gradients pass
-through later layers back to earlier masks. Pairs that are masked run too, with coefficient 0: the
+Heads are parameters, all else stays. Experts are unpacked, once, and run as `thaw` has them, for
+gradients pass through later layers back to earlier masks. Pairs that are masked run too, with coefficient 0: the
 gradient of a mask is what its experts would have given.
 """
 
@@ -23,7 +23,7 @@ from moecule.moe import find_layers, find_moe
 from moecule.ranks import SOLO, Ranks
 from moecule.train.loop import Loss
 from moecule.train.losses import distil
-from moecule.train.thaw import thaw, thawed_forward
+from moecule.train.thaw import hold, thaw, thawed_forward
 
 EXPERTS = "moecule_masked"  # the name of `masked_forward` in transformers' experts interface
 STIFF = 1.0  # nats a unit of the gap's square
@@ -59,6 +59,7 @@ class MaskedLayer(nn.Module):
             self.register_parameter(name, nn.Parameter(tensor.clone()))
 
     def forward(self, x: Float[Tensor, "T H"], coef: Float[Tensor, "T K"]) -> Float[Tensor, "T K"]:
+        """Coefficients, 0 where a pair is masked; drawn masks have a gradient there, too."""
         mode = self.mode
         if mode.how == "all":
             return coef
@@ -105,6 +106,7 @@ class Pupil(nn.Module):
         self.layers: dict[int, MaskedLayer] = {}
         model.requires_grad_(False)
         thaw(model)
+        hold(model)
         set_experts(model, EXPERTS)
         model.requires_grad_(False)
         renormalised = family.is_renormalised(model.config.get_text_config())

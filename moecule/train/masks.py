@@ -59,6 +59,7 @@ CHECKED = 64  # windows on which hard masks are brought to the share wanted
 BELOW = 0.005  # the share aimed at is so much less than the one wanted, for other text differs
 OFF = 0.01  # from the share wanted, at most
 PRICE_RATE = 0.01  # nats a step, at most, by which the price moves
+BIAS_RATE = 10.0  # times the rate: by it alone heads leave the mask of all experts, where they begin
 CHECKS = 8  # held-out figures on the way
 LOGITS = 2**28  # numbers that a model gives at once, at most
 
@@ -220,7 +221,7 @@ def _taught(
         check=lambda: settle(pupil, held, each).kl_nats,
         folder=steps,
         ranks=ranks,
-        rates={"price": PRICE_RATE / options.lr},
+        rates=_rates(pupil, options),
         tick=tick,
     )
     settled = settle(pupil, held, each)
@@ -230,6 +231,12 @@ def _taught(
         head["down_bias"] += settled.offset * ranks_up
         heads |= named(f"{prefix}.{i}.{moes[i].prefix}experts", head)
     return trained, settled, heads
+
+
+def _rates(pupil: Pupil, options: otp.Options) -> dict[str, float]:
+    """Of what does not move at the rate of the schedule, the share of it."""
+    names = [n for n, _ in pupil.named_parameters() if n.endswith(".masks.down_bias")]
+    return {"price": PRICE_RATE / options.lr, **dict.fromkeys(names, BIAS_RATE)}
 
 
 def _check_memory(checkpoint: Checkpoint, compute: Compute) -> None:
