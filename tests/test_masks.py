@@ -13,14 +13,19 @@ import pytest
 import tiny
 import torch
 
-from moecule import experts_run
+import moecule
+from moecule import experts_run, verbs
 from moecule.checkpoint import Checkpoint
 from moecule.data import Sampling
 from moecule.errors import CheckpointError, DataError
+from moecule.exports.contents import Contents
 from moecule.family import load_family
 from moecule.methods import otp
 from moecule.plan import Keep, Masks, Skip
 from moecule.recipe import load_recipe
+from moecule.result import Result
+from moecule.run import read_run
+from moecule.sections import skip_section
 from moecule.session import Compute, open_checkpoint
 from moecule.train import masks
 from moecule.train.masked import Pupil, settle, shifted
@@ -28,7 +33,7 @@ from moecule.train.masks import Learnt, learn_masks, learning_windows
 
 CPU = Compute("cpu")
 SAMPLING = Sampling(length=24)
-CHANGES = {"hidden": 8, "samples": 60, "steps": 24, "batch": 6, "lr": 0.02, "keep": 0.8}
+CHANGES = {"hidden": 8, "samples": 60, "steps": 20, "batch": 6, "lr": 0.02, "keep": 0.8}
 HOW = load_recipe("mc_sharp").skip.as_dict() | CHANGES
 WORDS = (
     "the",
@@ -155,6 +160,9 @@ CHILD = """
 import sys
 from pathlib import Path
 from moecule.data import Sampling
+from moecule.result import Result
+from moecule.run import read_run
+from moecule.sections import skip_section
 from moecule.session import Compute
 from moecule.train.masks import learn_masks
 import torch
@@ -216,3 +224,37 @@ def test_conversations_and_too_little_text_are_refused(prepared, tmp_path):
         learn_masks(prepared, data=chats, sampling=SAMPLING, compute=CPU)
     with pytest.raises(DataError, match="give more"):
         learn_masks(prepared, data=short, sampling=SAMPLING, compute=CPU)
+
+
+def test_compress_learns_in_one_command_and_once(checkpoint, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(verbs, "verify", lambda *args: 0.0)
+    small = {"samples": 12, "steps": 10, "batch": 4, "hidden": 4, "lr": 0.02}
+    changes = {"data.length": 24, "data.samples": 8, "group": 16}
+    recipe = load_recipe("mc_sharp", changes | {f"skip.{k}": v for k, v in small.items()})
+    model, out, few = checkpoint("mixtral", tokenizer=True), tmp_path / "out", tmp_path / "few.txt"
+    few.write_text(" ".join(WORDS * 8))
+
+    def compress() -> Result:
+        return moecule.compress(model, out, recipe=recipe, data=text, text=[few], compute=CPU).after
+
+    after = compress()
+    said = json.loads((out / "config.json").read_text())["moecule"]["masks"]
+    assert said["request"]["how"] == recipe.skip.as_dict() and "learn" in after.seconds
+    assert after.sampled is not None and after.sampled.skipped is not None
+    ran = after.sampled.skipped.experts_run
+    assert sum(ran.values()) / len(ran) == pytest.approx(said["keep"], abs=0.1)
+    section = skip_section(read_run(out))
+    assert all(row[-1] == "learnt" for row in section.tables[0].rows)
+    _, shown = moecule.evaluate(out, text=[few], length=24, skip=True, compute=CPU)
+    assert 0.5 < shown.experts_run < 0.95
+    monkeypatch.setattr(masks, "_taught", None)
+    before = {p.name: p.read_bytes() for p in out.glob("*.safetensors")}
+    compress()
+    assert {p.name: p.read_bytes() for p in out.glob("*.safetensors")} == before
+    assert [p.name for p in out.iterdir() if p.name.startswith(".")] == []
+
+
+def test_other_engines_get_no_heads(learnt):
+    contents = Contents.open(learnt.folder)
+    names = [name for part in contents.parts() for name in part]
+    assert contents.skips and names and not any(".skip" in name for name in names)

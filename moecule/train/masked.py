@@ -1,8 +1,8 @@
 """A packed model that runs with masks while they are learnt: drawn, hard, or with all experts.
 
 Heads are parameters, all else stays. Experts are unpacked, once, and run as `thaw` has them, for
-gradients pass through later layers back to earlier masks. Pairs that are masked run too, with coefficient 0: the
-gradient of a mask is what its experts would have given.
+gradients pass through later layers back to earlier masks. Pairs that are masked run too, with
+coefficient 0: the gradient of a mask is what its experts would have given.
 """
 
 from __future__ import annotations

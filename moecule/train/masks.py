@@ -59,7 +59,9 @@ CHECKED = 64  # windows on which hard masks are brought to the share wanted
 BELOW = 0.005  # the share aimed at is so much less than the one wanted, for other text differs
 OFF = 0.01  # from the share wanted, at most
 PRICE_RATE = 0.01  # nats a step, at most, by which the price moves
-BIAS_RATE = 10.0  # times the rate: by it alone heads leave the mask of all experts, where they begin
+BIAS_RATE = (
+    10.0  # times the rate: by it alone heads leave the mask of all experts, where they begin
+)
 CHECKS = 8  # held-out figures on the way
 LOGITS = 2**28  # numbers that a model gives at once, at most
 
