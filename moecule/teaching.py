@@ -96,3 +96,32 @@ def heal(
     if len(said) == 1:
         say(f"held-out KL to the teacher: {said[0].began:.4f} -> {said[0].best:.4f} nats")
     say(f"in {made.folder}; next: moecule generate {made.folder} 'Once upon a time'")
+
+
+def learn(
+    model: Annotated[Path, typer.Argument(help="A folder that apply made by a plan with masks.")],
+    data: Data = None,
+    length: Length = None,
+    device: Device = "auto",
+    json_: Json = False,
+) -> None:
+    """Teach a compressed model which experts a token may leave out, as its plan asks; in place."""
+    from moecule.data import Sampling
+    from moecule.train.masks import learn_masks
+
+    with bar() as progress:
+        made = learn_masks(
+            model,
+            data=data,
+            sampling=Sampling(length=length or 0),
+            compute=compute_of(device, "float32", False),
+            progress=progress,
+        )
+    if json_:
+        told = {"keep": made.keep, "kl_nats": made.kl_nats, "learning": asdict(made.trained)}
+        print_json({"checkpoint": str(made.folder), **told})
+        return
+    say(
+        f"{100 * made.keep:.1f} % of the pairs of token and expert run with --skip, for a KL of "
+        f"{made.kl_nats:.4f} nats to all; next: moecule evaluate {made.folder} --skip"
+    )

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from test_cli import run
 
 import moecule
 from moecule import experts_run, verbs
@@ -214,6 +215,21 @@ def test_what_has_no_masks_is_refused(prepared, checkpoint, text, tmp_path):
     tiny.write(streamed, plan, tmp_path / "odp", tiny.tokens(1))
     with pytest.raises(CheckpointError, match="without learnt masks"):
         learn_masks(tmp_path / "odp", data=text)
+
+
+def test_the_verb_learns_what_the_function_does(prepared, learnt, text, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(prepared, out)
+    (out / "result.json").write_text("{}")
+    args = ("learn", out, "--data", text, "--length", "24", "--device", "cpu")
+    code, said, err = run(*args, "--json")
+    assert code == 0, err
+    told = json.loads(said)
+    assert told["keep"] == learnt.keep and told["learning"]["steps"] == HOW["steps"]
+    assert all(torch.equal(t, heads(learnt.folder)[n]) for n, t in heads(out).items())
+    assert not (out / "result.json").exists()  # of what it was before
+    code, said, _ = run(*args)
+    assert code == 0 and "of the pairs of token and expert run with --skip" in said
 
 
 def test_conversations_and_too_little_text_are_refused(prepared, tmp_path):

@@ -130,6 +130,8 @@ def learn_masks(
             found = {"keep": settled.keep, "kl_nats": settled.kl_nats, "trained": asdict(trained)}
             config = dict(parse_json((folder / "config.json").read_text(encoding="utf-8")))
             config["moecule"] = {**config["moecule"], LEARNT: {"request": request, **found}}
+            for stale in ("result.json", "report.html", "report.md"):  # of what it was before
+                (folder / stale).unlink(missing_ok=True)
             write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         ranks.wait()
         journal.remove()
