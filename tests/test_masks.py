@@ -133,7 +133,7 @@ class KilledError(Exception):
     """As if the process had ended."""
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bits(
+def test_the_verb_goes_on_from_a_killed_run_and_ends_with_the_same_bits(
     prepared, learnt, text, tmp_path, monkeypatch
 ):
     out, asked = tmp_path / "out", 0
@@ -152,7 +152,14 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(
     assert (out / ".masks.partial" / "steps").is_dir()
     assert all(torch.equal(t, heads(prepared)[n]) for n, t in heads(out).items())
     monkeypatch.setattr(masks, "settle", settle)
-    learn_masks(out, data=text, sampling=SAMPLING, compute=CPU)
+    (out / "result.json").write_text("{}")
+    args = ("learn", out, "--data", text, "--length", "24", "--device", "cpu")
+    code, said, err = run(*args, "--json")
+    assert code == 0, err
+    assert json.loads(said)["keep"] == learnt.keep
+    assert not (out / "result.json").exists()  # of what it was before
+    code, said, _ = run(*args)
+    assert code == 0 and "of the pairs of token and expert run with --skip" in said
     assert all(torch.equal(t, heads(learnt.folder)[n]) for n, t in heads(out).items())
     assert (out / "config.json").read_bytes() == (learnt.folder / "config.json").read_bytes()
 
@@ -215,21 +222,6 @@ def test_what_has_no_masks_is_refused(prepared, checkpoint, text, tmp_path):
     tiny.write(streamed, plan, tmp_path / "odp", tiny.tokens(1))
     with pytest.raises(CheckpointError, match="without learnt masks"):
         learn_masks(tmp_path / "odp", data=text)
-
-
-def test_the_verb_learns_what_the_function_does(prepared, learnt, text, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(prepared, out)
-    (out / "result.json").write_text("{}")
-    args = ("learn", out, "--data", text, "--length", "24", "--device", "cpu")
-    code, said, err = run(*args, "--json")
-    assert code == 0, err
-    told = json.loads(said)
-    assert told["keep"] == learnt.keep and told["learning"]["steps"] == HOW["steps"]
-    assert all(torch.equal(t, heads(learnt.folder)[n]) for n, t in heads(out).items())
-    assert not (out / "result.json").exists()  # of what it was before
-    code, said, _ = run(*args)
-    assert code == 0 and "of the pairs of token and expert run with --skip" in said
 
 
 def test_conversations_and_too_little_text_are_refused(prepared, tmp_path):
