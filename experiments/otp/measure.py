@@ -1,7 +1,8 @@
 """Learnt masks (OTP) against thresholds (ODP) at equal measured skipping, a line a run.
 
     python -m experiments.otp.measure MODEL ... --data TRAIN.jsonl.xz --text VAL/*.txt -o ROWS.jsonl
-        [--seeds 0 1 2] [--keeps 0.9 0.8 0.7] [--windows 64] [--set KEY=VALUE ...] [--quick]
+        [--seeds 0 1 2] [--keeps 0.9 0.8 0.7] [--windows 64] [--jobs 6]
+        [--set KEY=VALUE ...] [--quick]
 
 A model is compressed once a seed by `mc` at 2.5 bits, without skipping. Masks then learn, once for each
 share of pairs that is to run. ODP's thresholds (least damage by Fisher, with and without protected
@@ -15,11 +16,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import shutil
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,8 +89,8 @@ def with_rule(base: Base, rule: Skip | Masks, out: Path) -> Path:
     config = parse_json((out / "config.json").read_text())
     config["quantization_config"]["skip"] = rule.settings()
     write_text(out / "config.json", json.dumps(config))
-    heads = first_heads(stream(base.model, FLOAT32), plan)
-    if heads:
+    if isinstance(rule, Masks):
+        heads = first_heads(stream(base.model, FLOAT32), plan)
         save_whole({**load_file(out / SINGLE), **heads}, out / SINGLE)
     return out
 
@@ -107,40 +110,49 @@ def compared(model: Any, windows: torch.Tensor) -> dict[str, Any]:
     return {"loss": loss, "kl": kl / len(windows), "skipped": 1 - online.experts_run(model)}
 
 
-def figures(folder: Path, held: torch.Tensor, texts: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def figures(model: Any, held: torch.Tensor, texts: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Of a compressed model with a rule: on held-out train text, and on what is measured."""
-    model = load(folder, FLOAT32)
     of_train, by_file = compared(model, held), {f: compared(model, w) for f, w in texts.items()}
     tokens = {f: w.numel() for f, w in texts.items()}
-    skipped = sum(by_file[f]["skipped"] * n for f, n in tokens.items()) / max(
-        1, sum(tokens.values())
-    )
-    return {"train": of_train, "by_file": by_file, "skipped": skipped}
+    skipped = sum(by_file[f]["skipped"] * n for f, n in tokens.items())
+    return {
+        "train": of_train,
+        "by_file": by_file,
+        "skipped": skipped / max(1, sum(tokens.values())),
+    }
 
 
-def thresholds(
-    base: Base, protect: float, rate: float, out: Path, held: torch.Tensor
-) -> float | None:
-    """What ODP leaves out of held-out train text when asked for a rate; None where it cannot."""
+def thresholded(base: Base, out: Path) -> Any:
+    """The compressed model with ODP's rule in every layer, for `left_out` to set."""
+    limits = {i: (0.5,) * (of["skip_ratio"].shape[1] - 1) for i, of in base.stats.items()}
+    return load(with_rule(base, Skip(limits, max(PROTECTED.values())), out), FLOAT32, skip=True)
+
+
+def left_out(model: Any, base: Base, protect: float, rate: float, held: torch.Tensor) -> float:
+    """What ODP leaves out of held-out train text when asked for a rate; all where it cannot."""
     try:
         options = odp.Options(rule="damage", damage="fisher", rate=rate, protect=protect)
         limits, _ = odp.thresholds(base.stats, options)
     except RecipeError:
-        return None
-    shutil.rmtree(out, ignore_errors=True)
-    model = load(with_rule(base, Skip(limits, protect), out), FLOAT32, skip=True)
+        return 1.0
+    for module in model.modules():
+        rule = vars(module).get("skip")
+        if isinstance(rule, online.LayerSkip):
+            rule.thresholds = limits.get(rule.index, (0.0,) * len(rule.thresholds))
+            rule.protect = protect
+    online.set_skip(model, True)
     window_losses(model, held, BATCH)
     return 1 - online.experts_run(model)
 
 
-def odp_at(base: Base, protect: float, skipped: float, held: torch.Tensor, out: Path) -> float:
-    """The highest rate at which ODP leaves out no more than that; its model is in `out`."""
-    low, high = 0.0, min(1.0, 2 * skipped + 0.05)
+def odp_at(model: Any, base: Base, protect: float, skipped: float, held: torch.Tensor) -> float:
+    """The highest rate at which ODP leaves out no more than that; it is what `model` then does."""
+    low, high = 0.0, min(0.99, 2 * skipped + 0.05)
     for _ in range(SWEEP):
         middle = (low + high) / 2
-        found = thresholds(base, protect, middle, out, held)
-        low, high = (middle, high) if found is not None and found <= skipped else (low, middle)
-    thresholds(base, protect, low, out, held)
+        found = left_out(model, base, protect, middle, held)
+        low, high = (middle, high) if found <= skipped else (low, middle)
+    left_out(model, base, protect, low, held)
     return low
 
 
@@ -170,17 +182,17 @@ def rows(
         start = time.perf_counter()
         learnt = learn_masks(out, data=base.data, sampling=base.sampling, compute=FLOAT32)
         seconds = time.perf_counter() - start
-        found = figures(out, held, texts)
+        found = figures(load(out, FLOAT32), held, texts)
         about = {"keep": keep, "device": device}
         said = {"seconds": round(seconds, 1), "history": learnt.trained.history}
         yield common | about | {"rule": "otp"} | said | found
+        model = thresholded(base, scratch / f"odp-{keep}")
         for rule, protect in PROTECTED.items():
             start = time.perf_counter()
-            folder = scratch / f"{rule}-{keep}"
-            rate = odp_at(base, protect, found["train"]["skipped"], held, folder)
+            rate = odp_at(model, base, protect, found["train"]["skipped"], held)
             seconds = time.perf_counter() - start
             said = {"seconds": round(seconds, 1), "rate": rate}
-            yield common | about | {"rule": rule} | said | figures(folder, held, texts)
+            yield common | about | {"rule": rule} | said | figures(model, held, texts)
 
 
 def key(row: Mapping[str, Any]) -> str:
@@ -190,6 +202,7 @@ def key(row: Mapping[str, Any]) -> str:
 
 def run(model: str, seed: int, args: argparse.Namespace) -> None:
     """One model, compressed with one seed."""
+    warnings.simplefilter("ignore")
     lines = args.out.read_text().splitlines() if args.out.is_file() else []
     had = {key(json.loads(line)) for line in lines}
     sampling = Sampling(args.samples, args.length, seed=seed)
@@ -198,8 +211,8 @@ def run(model: str, seed: int, args: argparse.Namespace) -> None:
         for row in rows(base, seed, args, had, Path(scratch)):
             if key(row) in had:
                 continue
-            with args.out.open("a") as f:
-                print(json.dumps(row), file=f, flush=True)
+            with args.out.open("ab", buffering=0) as f:  # one write: other processes append, too
+                f.write(json.dumps(row).encode() + b"\n")
             print({k: row[k] for k in ("model", "seed", "rule", "keep")}, flush=True)
             if "train" in row:
                 of = row["train"]
@@ -223,8 +236,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
-    warnings.simplefilter("ignore")
     pairs = (item.partition("=") for item in args.set)
     args.changes = {name: json.loads(value) for name, _, value in pairs}
     if args.quick:
@@ -235,9 +248,11 @@ def main() -> None:
         args.text = [str(p) for p in sorted(assets.glob("*.txt"))[:2]]
     if not args.models:
         parser.error("name a model, or give --quick")
-    for model in args.models:
-        for seed in args.seeds:
-            run(model, seed, args)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
+        jobs = [pool.submit(run, m, seed, args) for seed in args.seeds for m in args.models]
+        for job in as_completed(jobs):
+            job.result()
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ class Options:
     samples: int = 1024  # windows of text to learn from
     steps: int = 400
     batch: int = 16  # windows a step
-    lr: float = 3e-3
+    lr: float = 0.01
     hot: float = 4.0  # the temperature of the first step
     cold: float = 0.1  # and of the last
     seed: int = 0
