@@ -7,14 +7,9 @@ from typing import Any
 
 from moecule.blocks import Bar, Cell, Section, Table, Tile
 from moecule.budget import format_size
-<<<<<<< HEAD
 from moecule.paired import gap
-from moecule.plan import Keep, Plan
+from moecule.plan import Keep, Plan, Skip
 from moecule.result import Result, in_groups, shown
-=======
-from moecule.plan import Keep, Skip
-from moecule.result import Result, in_groups
->>>>>>> 300c2df (otp: learnt masks in plans, checkpoints and the runtime; heads that run all experts until they have learnt)
 from moecule.run import Run
 
 PARTS = {
