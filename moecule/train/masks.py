@@ -93,17 +93,7 @@ def learn_masks(
     the share wanted was not come to.
     """
     folder, ranks = Path(folder), compute.ranks
-    checkpoint = open_checkpoint(folder)
-    if checkpoint.config["model_type"] != PACKED:
-        raise CheckpointError(
-            f"{folder} is a stock checkpoint, and masks are part of one that moecule packed; apply a plan "
-            "with learnt masks (recipe mc_sharp) first"
-        )
-    masks = read_plan(folder / "plan.yaml").skip
-    if not isinstance(masks, Masks):
-        raise CheckpointError(
-            f"{folder} was made by a plan without learnt masks; compress with recipe mc_sharp"
-        )
+    checkpoint, masks = _opened(folder)
     options: otp.Options = learner(masks)[1].options
     seen, held = learning_windows(checkpoint, data, options, sampling)
     noted = dict(checkpoint.config["moecule"])
@@ -125,19 +115,41 @@ def learn_masks(
         trained, settled, heads = _taught(
             checkpoint, options, (seen, held), compute, journal.folder / "steps", progress
         )
+        learnt = Learnt(folder, settled.keep, settled.kl_nats, trained)
         if ranks.is_first:
-            put_heads(folder, heads)
-            found = {"keep": settled.keep, "kl_nats": settled.kl_nats, "trained": asdict(trained)}
-            config = dict(parse_json((folder / "config.json").read_text(encoding="utf-8")))
-            config["moecule"] = {**config["moecule"], LEARNT: {"request": request, **found}}
-            for stale in ("result.json", "report.html", "report.md"):  # of what it was before
-                (folder / stale).unlink(missing_ok=True)
-            write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+            _write(learnt, heads, request)
         ranks.wait()
         journal.remove()
-    learnt = Learnt(folder, settled.keep, settled.kl_nats, trained)
     _warn(learnt, options)
     return learnt
+
+
+def _opened(folder: Path) -> tuple[Checkpoint, Masks]:
+    """What is to learn. Raises CheckpointError where there is no place for masks."""
+    checkpoint = open_checkpoint(folder)
+    if checkpoint.config["model_type"] != PACKED:
+        raise CheckpointError(
+            f"{folder} is a stock checkpoint, and masks are part of one that moecule packed; apply a plan "
+            "with learnt masks (recipe mc_sharp) first"
+        )
+    masks = read_plan(folder / "plan.yaml").skip
+    if not isinstance(masks, Masks):
+        raise CheckpointError(
+            f"{folder} was made by a plan without learnt masks; compress with recipe mc_sharp"
+        )
+    return checkpoint, masks
+
+
+def _write(learnt: Learnt, heads: Mapping[str, Tensor], request: Mapping[str, Any]) -> None:
+    """The heads, then config.json, which says that they have learnt."""
+    folder = learnt.folder
+    put_heads(folder, heads)
+    found = {"keep": learnt.keep, "kl_nats": learnt.kl_nats, "trained": asdict(learnt.trained)}
+    config = dict(parse_json((folder / "config.json").read_text(encoding="utf-8")))
+    config["moecule"] = {**config["moecule"], LEARNT: {"request": dict(request), **found}}
+    for stale in ("result.json", "report.html", "report.md"):  # of what it was before
+        (folder / stale).unlink(missing_ok=True)
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _learnt(folder: Path, said: Mapping[str, Any]) -> Learnt:
