@@ -20,13 +20,14 @@ from moecule.generate import Generated, generate
 from moecule.inspect import Inspection, inspect
 from moecule.load import ExpertLoad, expert_load
 from moecule.online import experts_run, set_skip
-from moecule.plan import Drop, Keep, Plan, Skip
+from moecule.plan import Drop, Keep, Masks, Plan, Skip
 from moecule.recipe import Recipe, load_recipe
 from moecule.report import report
 from moecule.result import Result
 from moecule.session import Compute
 from moecule.suite import Suite
 from moecule.taer import patterns
+from moecule.train.masks import Learnt, learn_masks
 from moecule.verbs import Ask, apply, calibrate, plan, read_plan
 from moecule.version import VERSION as __version__  # noqa: F401, N811
 
@@ -40,6 +41,8 @@ __all__ = [
     "Generated",
     "Inspection",
     "Keep",
+    "Learnt",
+    "Masks",
     "MoeculeError",
     "Plan",
     "Recipe",
@@ -57,6 +60,7 @@ __all__ = [
     "export",
     "generate",
     "inspect",
+    "learn_masks",
     "load_recipe",
     "patterns",
     "plan",

@@ -18,6 +18,7 @@ from moecule.batch import Batch
 from moecule.errors import PlanError
 from moecule.experts import Expert, Experts
 from moecule.family import Family
+from moecule.heads import HEADS, check_skip, first_heads
 from moecule.hf import Streamed
 from moecule.inventory import rest_parts
 from moecule.journal import NO_TRAIL, Trail
@@ -98,14 +99,11 @@ def check_plan(plan: Plan, streamed: Streamed) -> None:
                 "give each expert one width"
             )
     _check_sparse(plan)
-    if plan.skip is not None and not set(plan.skip.thresholds) <= set(moes):
-        raise PlanError(
-            f"plan: skip names layers {sorted(plan.skip.thresholds)}, wanted some of {sorted(moes)}"
+    if plan.skip is not None:
+        check_skip(
+            plan.skip,
+            {i: plan.top_k if plan.top_k is not None else m.top_k for i, m in moes.items()},
         )
-    for i, limits in (plan.skip.thresholds if plan.skip else {}).items():
-        tail = (moes[i].top_k if plan.top_k is None else plan.top_k) - 1
-        if len(limits) != tail:
-            raise PlanError(f"plan: skip: layer {i} has {len(limits)} thresholds, wanted {tail}")
 
 
 def _check_sparse(plan: Plan) -> None:
@@ -213,6 +211,7 @@ def apply_plan(
     check_plan(plan, streamed)
     if plan.sparse is not None:
         _masker(plan.sparse)  # raises RecipeError for what is no method
+    heads = first_heads(streamed, plan)
     codec = Codec(load_method(encode.method, "encode"), encode.options)
     key = key_of(streamed, plan)
     check_target(plan, key, streamed.family)
@@ -221,6 +220,8 @@ def apply_plan(
         names = set(streamed.outer_names())
         outer = {n: t for n, t in streamed.model.state_dict().items() if n in names}
         writer.add("outer", streamed.to_disk(outer) if stock else _cast(streamed, outer))
+    if first and heads:
+        writer.add(HEADS, heads)
     notes = list(trail.journal.entries) if trail.journal else []
 
     def compress(step: Step) -> None:

@@ -20,8 +20,8 @@ from moecule.merge import Cluster, Merging, weights_of, with_merges
 from moecule.method import Width, load_method
 from moecule.narrow import Narrowing
 from moecule.order import with_order
-from moecule.plan import Plan, Skip
-from moecule.recipe import AS_IT_IS, Part, Recipe, load_recipe, recipe_names
+from moecule.plan import Masks, Plan, Skip
+from moecule.recipe import AS_IT_IS, SKIPPING, Part, Recipe, load_recipe, recipe_names
 from moecule.stats import COUNT, Stats, select
 from moecule.target import check_plan, check_widths, steered, target_of
 from moecule.zeros import Sparse
@@ -328,8 +328,9 @@ def _sparse(plan: Plan, recipe: Recipe, stats: Stats) -> Plan:
 def _skipping(plan: Plan, skip: Part | None, stats: Stats) -> Plan:
     if skip is None:
         return plan
-    method = load_method(skip.method, "thresholds")
-    assert method.thresholds is not None  # load_method saw to it
+    method = load_method(skip.method, SKIPPING)
+    if method.thresholds is None:  # learnt when the plan has been carried out
+        return replace(plan, skip=Masks(skip.as_dict()))
     thresholds, protect = method.thresholds(stats, skip.options)
     if plan.top_k is not None:  # ranks that the router no longer picks have none
         thresholds = {i: of[: plan.top_k - 1] for i, of in thresholds.items()}

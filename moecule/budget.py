@@ -9,8 +9,9 @@ from typing import Any
 
 from moecule.errors import RecipeError
 from moecule.packed import packed_bytes
-from moecule.plan import REST, Keep, Plan
+from moecule.plan import REST, Keep, Masks, Plan
 from moecule.runs import ids_bytes, in_runs, run_of
+from moecule.skip import head_bytes
 
 ALIAS_BYTES = 4  # int32, of each expert in a layer where experts share weights
 UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12,
@@ -150,6 +151,9 @@ def bytes_by_part(inventory: Inventory, plan: Plan) -> dict[str, int]:
                 out["router"] += e.router_bytes
         if plan.has_aliases(i):  # which of those that stay each row is of
             out["experts"] += e.n * ALIAS_BYTES
+        if isinstance(plan.skip, Masks):
+            top_k = e.top_k if plan.top_k is None else plan.top_k
+            out["router"] += head_bytes(e.gate_up[1], top_k, plan.skip.hidden)
     for w in inventory.weights.values():
         rows, columns = w.shape
         if (

@@ -28,6 +28,7 @@ VERBS = (  # as --help lists them
     *(making.cloze, looking.evaluate, looking.report, looking.compare),
     *(teaching.heal, teaching.slim, making.patterns, looking.generate),
     *(teaching.heal, teaching.train, making.patterns, making.aggregate, looking.generate),
+    *(teaching.heal, teaching.learn, making.patterns, looking.generate),
 )
 for _verb in VERBS:
     app.command()(hushable(_verb))

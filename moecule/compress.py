@@ -22,10 +22,12 @@ from moecule.folder import remains
 from moecule.inventory import take_inventory
 from moecule.journal import only_one, placed, sweep
 from moecule.order import save_plan
+from moecule.plan import Masks
 from moecule.recipe import Recipe, load_recipe
 from moecule.result import Result, load_result
 from moecule.session import Compute, Progress, open_checkpoint, silent, stream
 from moecule.text import evaluation_batches
+from moecule.train.masks import learn_masks
 from moecule.verbs import AUTO, NO_WISH, apply, calibrate, plan, read_plan
 from moecule.writer import check_out
 
@@ -96,6 +98,10 @@ def _compress(
     if not done:
         apply(model, file, out, data=data, sampling=chosen.data, compute=compute, progress=progress)
     seconds["apply"] = _since(start)
+    start = time.perf_counter()
+    if isinstance(read_plan(file).skip, Masks):
+        learn_masks(out, data=data, sampling=chosen.data, compute=compute, progress=progress)
+        seconds["learn"] = _since(start)
     before, after = measured(
         out,
         model,

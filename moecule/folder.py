@@ -23,6 +23,7 @@ from moecule.plan import Keep, Plan
 
 REQUIRED = "moecule_required"
 HEALED = "healed"  # in config.json, of a checkpoint that was trained after it was made
+LEARNT = "masks"  # in config.json, of a checkpoint whose masks were learnt after it was made
 REQUIRED_CODE = '''"""This checkpoint's experts are packed by moecule: pip install moecule."""
 
 import moecule
@@ -48,6 +49,7 @@ def side_files(source: Path) -> list[Path]:
 # what a killed compress leaves in its folder and takes away when it goes on
 _KILLED = (
     *("stats.partial", "stats.lock", "losses.partial", "losses.lock"),
+    *("masks.partial", "masks.lock"),
     *("plan.yaml.partial", "plan.channels.partial", "result.json.partial"),
     f"{EVIDENCE}.partial",
 )
@@ -128,10 +130,6 @@ def set_number(text: dict[str, Any], keys: Sequence[str], value: int) -> None:
 
 
 def _packed_config(source: Checkpoint, plan: Plan, done: Applied) -> dict[str, Any]:
-    skip = None
-    if plan.skip is not None:
-        thresholds = {str(i): list(t) for i, t in sorted(plan.skip.thresholds.items())}
-        skip = {"protect": plan.skip.protect, "thresholds": thresholds}
     return {
         "model_type": runtime.MODEL_TYPE,
         "moecule": {"model": source.name, "model_type": source.config["model_type"]},
@@ -149,7 +147,7 @@ def _packed_config(source: Checkpoint, plan: Plan, done: Applied) -> dict[str, A
             "experts": done.experts,
             "weights": done.weights,
             **({"aliased": done.aliased} if done.aliased else {}),
-            "skip": skip,
+            "skip": None if plan.skip is None else plan.skip.settings(),
         },
     }
 

@@ -8,7 +8,7 @@ from typer.core import TyperGroup
 
 from moecule.errors import InterruptError
 
-JOURNALLED = ("calibrate", "apply", "compress")
+JOURNALLED = ("calibrate", "apply", "compress", "learn")
 
 
 class Verbs(TyperGroup):

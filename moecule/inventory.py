@@ -114,6 +114,8 @@ def part_of_tensor(name: str, model: Any, family: Family) -> str:
     own = "" if moe is None else f"{moe.prefix}experts"
     if moe is not None and (inside == own or inside.startswith(f"{own}.packed.")):
         return "experts"
+    if moe is not None and inside == f"{own}.skip":  # a head of learnt masks
+        return "router"
     if moe is not None and f"{inside}.{leaf}" in {moe.prefix + v for v in _router_vectors(moe)}:
         return "router"
     part = rest_parts(model, family, int(number)).get(inside, "other")

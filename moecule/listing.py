@@ -19,7 +19,7 @@ from moecule.recipe import AS_IT_IS, Recipe, load_recipe, recipe_names
 MEASURED = Path(__file__).parent / "measured.json"
 PARTS = (
     "score", "choose", "channels", "cluster", "merge", "recombine", "densities", "mask", "allocate",
-    "encode", "thresholds",
+    "encode", "thresholds", "learn",
 )  # fmt: skip
 DOES = {
     "score": "drops experts",
@@ -33,6 +33,7 @@ DOES = {
     "allocate": "gives bits",
     "encode": "rounds",
     "thresholds": "skips online",
+    "learn": "learns what to skip online",
 }
 
 

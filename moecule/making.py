@@ -125,6 +125,7 @@ def apply(
     """Carry a plan out, and check in a fresh process that the result loads and computes."""
     from moecule import verbs
     from moecule.data import Sampling
+    from moecule.plan import Masks
 
     given = {k: v for k, v in (("samples", samples), ("length", length)) if v is not None}
     with bar() as progress:
@@ -140,7 +141,9 @@ def apply(
     if json_:
         print_json({"checkpoint": str(made)})
         return
-    say(f"compressed checkpoint in {made}; next: moecule evaluate {made} --against {model}")
+    learns = isinstance(verbs.read_plan(plan).skip, Masks)
+    after = f"learn {made}" if learns else f"evaluate {made} --against {model}"
+    say(f"compressed checkpoint in {made}; next: moecule {after}")
 
 
 def compress(

@@ -38,6 +38,7 @@ Mask = Callable[
     Float[Tensor, "E M N"],
 ]
 Thresholds = Callable[[Stats, Any], tuple[Mapping[int, tuple[float, ...]], float]]
+Learn = Callable[[int, int, int, Any], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -70,20 +71,28 @@ class Method:
     densities: Densities | None = None  # (stats, options) -> {layer: share of weights that stay}
     mask: Mask | None = None  # (W, gram or its diagonal, density, options) -> W, the others 0
     thresholds: Thresholds | None = None  # (stats, options) -> ({layer: by rank}, protected share)
+    # (layer, width of what experts hear, top_k, options) -> the layer's head before it has learnt
+    learn: Learn | None = None
 
 
-def load_method(name: str, part: str) -> Method:
-    """The METHOD of moecule/methods/<name>.py, which must supply `part`.
+def load_method(name: str, part: str | tuple[str, ...]) -> Method:
+    """The METHOD of moecule/methods/<name>.py, which must supply `part`, or one of several.
 
     Raises RecipeError where there is no such method, naming those there are.
     """
-    known = method_names()
+    known, parts = method_names(), (part,) if isinstance(part, str) else part
     if name in known:
         method: Method = importlib.import_module(f"moecule.methods.{name}").METHOD
-        if getattr(method, part) is not None:
+        if _supplies(method, parts):
             return method
-    having = [n for n in known if getattr(load_all()[n], part) is not None]
-    raise RecipeError(f"method {name!r} has no {part}; those that have are {', '.join(having)}")
+    having = [n for n in known if _supplies(load_all()[n], parts)]
+    raise RecipeError(
+        f"method {name!r} has no {' or '.join(parts)}; those that have are {', '.join(having)}"
+    )
+
+
+def _supplies(method: Method, parts: Sequence[str]) -> bool:
+    return any(getattr(method, part) is not None for part in parts)
 
 
 def load_all() -> dict[str, Method]:

@@ -1,7 +1,8 @@
 """Online skipping in a loaded model: which (token, expert) pairs run, decided as tokens pass.
 
-The rule itself is methods/odp.py. Attention received is taken inside transformers' attention
-interface, around whatever implementation the model uses.
+The rules themselves are methods/odp.py and, where masks were learnt, methods/otp.py. Attention
+received, which only the first reads, is taken inside transformers' attention interface, around
+whatever implementation the model uses.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moecule.errors import PlanError
 from moecule.family import Family
-from moecule.methods import odp
+from moecule.methods import odp, otp
 from moecule.moe import find_layers, find_moe
+from moecule.skip import LEARNT, head_shapes
 
 PREFIX = "moecule_"
 
@@ -31,6 +33,7 @@ class Switch:
     """One for the whole model."""
 
     on: bool = False
+    listens: bool = True  # the rules read the attention that tokens receive
     # of each layer: pairs that ran, and all pairs, since it was switched on; counted in place, as CUDA
     # graphs can (attached while a model is on meta, where nothing can be counted)
     counts: Int[Tensor, "L two"] = field(
@@ -66,19 +69,62 @@ class LayerSkip:
             protected = odp.protected_tokens(by_sequence, received, valid, self.protect).flatten()
             self.received = None
         run = odp.kept(coef, self.thresholds, protected)
-        counts = self.switch.counts[self.index]
-        counts[0].add_(run.sum().to(counts.device))
-        counts[1].add_(run.numel())
+        _count(self.switch, self.index, run)
         return idx.masked_fill(~run, nobody), odp.rescaled(coef, run, self.renormalised)
 
 
+class LayerMask(nn.Module):
+    """The learnt rule of one layer, called as LayerSkip is; its tensors are in the checkpoint.
+
+    They are float32 seen as int32, so that no cast of a model's dtype touches them.
+    """
+
+    def __init__(
+        self, switch: Switch, index: int, shapes: dict[str, tuple[int, ...]], renormalised: bool
+    ) -> None:
+        super().__init__()
+        self.switch, self.index, self.renormalised = switch, index, renormalised
+        for name, shape in shapes.items():
+            empty = torch.empty(shape, dtype=torch.int32, device="meta")
+            self.register_buffer(name, empty)
+
+    def forward(
+        self,
+        x: Float[Tensor, "T H"],
+        idx: Int[Tensor, "T K"],
+        coef: Float[Tensor, "T K"],
+        nobody: int,
+    ) -> tuple[Int[Tensor, "T K"], Float[Tensor, "T K"]]:
+        """Indices, `nobody` where a pair is skipped, and coefficients for what runs."""
+        if not self.switch.on:
+            return idx, coef
+        ordered, order = otp.ranked(coef)
+        head = {
+            n: bits.view(torch.float32) for n, bits in self._buffers.items() if bits is not None
+        }
+        run = otp.unranked(otp.hard(otp.scores(head, x, ordered)), order)
+        _count(self.switch, self.index, run)
+        return idx.masked_fill(~run, nobody), otp.weighed(coef, run, self.renormalised)
+
+
+def _count(switch: Switch, layer: int, run: Bool[Tensor, "T K"]) -> None:
+    counts = switch.counts[layer]
+    counts[0].add_(run.sum().to(counts.device))
+    counts[1].add_(run.numel())
+
+
 def attach(model: Any, family: Family, settings: dict[str, Any]) -> None:
-    """Give every MoE layer its rule, switched off. Settings: protect, {layer: thresholds}."""
-    switch = Switch()
+    """Give every MoE layer its rule, switched off. Settings: as `settings` of skip.py gives them."""
+    learnt = LEARNT in settings
+    switch = Switch(listens=not learnt)
     renormalised = family.is_renormalised(model.config.get_text_config())
     for i, layer in enumerate(find_layers(model)[1]):
         moe = find_moe(layer, family)
         if moe is None:
+            continue
+        if learnt:
+            shapes = head_shapes(moe.experts.hears, moe.top_k, settings["hidden"])
+            moe.experts.skip = LayerMask(switch, i, shapes, renormalised)
             continue
         # a layer without thresholds skips nothing, but its pairs count
         limits = tuple(settings["thresholds"].get(str(i), ()))
@@ -108,7 +154,7 @@ def set_skip(model: Any, on: bool) -> None:
     switch.on, switch.counts = on, zeros
     torch._dynamo.mark_static_address(switch.counts)
     name = model.config._attn_implementation or "eager"
-    if on and not name.startswith(PREFIX):
+    if on and switch.listens and not name.startswith(PREFIX):
         _wrap(name)
         model.config._attn_implementation = PREFIX + name
     if not on:

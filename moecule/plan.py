@@ -19,6 +19,9 @@ from torch import Tensor
 
 from moecule.errors import PlanError
 from moecule.packed import WIDTHS
+from moecule.skip import Masks as Masks  # part of what a plan says
+from moecule.skip import Skip as Skip
+from moecule.skip import skip_of
 from moecule.zeros import Sparse
 
 REST = ("attention", "shared", "dense", "router")  # everything in a layer but its routed experts
@@ -97,14 +100,6 @@ class Merges:
 
 
 @dataclass(frozen=True)
-class Skip:
-    """Which (token, expert) pairs run, decided online. See methods/odp.py."""
-
-    thresholds: Mapping[int, tuple[float, ...]]  # {layer: ratio to the first expert, rank 1, 2 ...}
-    protect: float = 0.0  # share of a prompt's tokens that skip nothing
-
-
-@dataclass(frozen=True)
 class Plan:
     """Fates of all experts, widths of the rest, and how to encode."""
 
@@ -113,7 +108,7 @@ class Plan:
     layers: Mapping[int, tuple[Fate, ...]]  # {MoE layer: fate of expert 0, 1, ...}
     rest: Mapping[str, Keep] = field(default_factory=lambda: dict.fromkeys(REST, Keep()))
     encode: Mapping[str, Any] = field(default_factory=lambda: {"method": "rtn"})
-    skip: Skip | None = None
+    skip: Skip | Masks | None = None
     merge: Merges | None = None
     refit: bool = False  # down projections are fitted to what the layer gave before
     sparse: Sparse | None = None
@@ -186,10 +181,7 @@ class Plan:
         if self.channels is not None:
             doc["channels"] = self.channels
         if self.skip is not None:
-            doc["skip"] = {
-                "protect": self.skip.protect,
-                "thresholds": _spaced(self.skip.thresholds),
-            }
+            doc["skip"] = self.skip.as_dict()
         if self.sparse is not None:
             doc["sparse"] = self.sparse.as_dict()
         doc["layers"] = {layer: _lines(fates) for layer, fates in sorted(self.layers.items())}
@@ -231,7 +223,7 @@ class Plan:
             layers={_number(k, "layers"): _fates(k, v) for k, v in doc["layers"].items()},
             rest={part: fate for part, fate in rest.items() if isinstance(fate, Keep)},
             encode=doc["encode"],
-            skip=_skip(doc["skip"]) if "skip" in doc else None,
+            skip=skip_of(doc["skip"]) if "skip" in doc else None,
             merge=_merges(doc["merge"]) if "merge" in doc else None,
             refit=_refit(doc["refit"]) if "refit" in doc else False,
             sparse=Sparse.of(doc["sparse"]) if "sparse" in doc else None,
@@ -299,21 +291,6 @@ def _merges(doc: Any) -> Merges:
     if not all(0 <= x < math.inf for t in given.values() for x in t):  # NaN is not, either
         raise PlanError("plan: merge: weights, wanted numbers from 0 up")
     return Merges(how, router, given)
-
-
-def _skip(doc: Any) -> Skip:
-    try:
-        thresholds = {
-            _number(i, "skip"): tuple(float(x) for x in str(t).split())
-            for i, t in doc["thresholds"].items()
-        }
-        skip = Skip(thresholds, float(doc["protect"]))
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise PlanError(f"plan: skip wants protect and thresholds per layer, found {doc!r}") from e
-    numbers = [skip.protect, *(x for t in thresholds.values() for x in t)]
-    if not all(0 <= x <= 1 for x in numbers):  # NaN is not, either
-        raise PlanError(f"plan: skip wants numbers from 0 to 1, found {doc!r}")
-    return skip
 
 
 def _refit(value: Any) -> bool:

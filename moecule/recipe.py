@@ -24,6 +24,7 @@ from moecule.stats import COUNT, DROPPING, Statistic
 HERE = Path(__file__).parent / "recipes"
 AS_IT_IS = 16.0  # bits: experts that stay are not rounded
 MERGING = ("cluster", "merge")
+SKIPPING = ("thresholds", "learn")  # of a method; [skip] takes either
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text in quotes"}
 
 
@@ -77,14 +78,14 @@ class Recipe:
 
     def needs(self) -> tuple[Statistic, ...]:
         """The statistics that its methods read, each once."""
-        parts = {
+        parts: dict[str | tuple[str, ...], Part | None] = {
             "score": self.score,
             "choose": self.choose,
             "channels": self.channels,
             "cluster": self.cluster,
             "densities": self.sparsify,
             "allocate": self.allocate,
-            "thresholds": self.skip,
+            SKIPPING: self.skip,
         }
         given = {what: part for what, part in parts.items() if part is not None}
         found = [
@@ -244,7 +245,7 @@ def _recipe(path: Path, doc: dict[str, Any]) -> Recipe:
     _refuse_unknown(f"{path} [rest]", rest, set(REST))
     given |= {
         key: part_of(f"{path} [{key}]", doc[key], what, group)
-        for key, what in (("skip", "thresholds"), ("sparsify", "densities"), ("mask", "mask"))
+        for key, what in (("skip", SKIPPING), ("sparsify", "densities"), ("mask", "mask"))
         if key in doc
     }
     given |= _merging(path, doc)
@@ -286,8 +287,8 @@ def _merging(path: Path, doc: dict[str, Any]) -> dict[str, Any]:
     return {"cluster": cluster, "merge": part_of(f"{path} [merge]", table, "merge"), "into": into}
 
 
-def part_of(where: str, table: Any, what: str, group: int | None = None) -> Part:
-    """A table's method, which must supply `what`, and its options; `group` is their default.
+def part_of(where: str, table: Any, what: str | tuple[str, ...], group: int | None = None) -> Part:
+    """A table's method, which must supply `what` (one of them), and its options; `group` is their default.
 
     Raises RecipeError, beginning with `where`, for what is unknown.
     """

@@ -148,6 +148,7 @@ def prepare_experts(module: Any, keeps: Sequence[Keep]) -> None:
             {kind_of(k): Stack(sum(k == have for have in each), shapes, k, dtype) for k in kinds}
         )
         module.slots = [(kind_of(k), each[:e].count(k)) for e, k in enumerate(each)]
+    module.hears = up.shape[2]  # the width of what comes to it
     # pieces run as experts of their own
     module.num_experts, module.cuts, module.whole = len(each), cuts, len(whole)
     module.skip, module.exact = None, True
@@ -235,7 +236,7 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         weights: dict[str, str] | None = None,  # {module: "4g64"}
         aliased: dict[str, int]
         | None = None,  # {layer: experts of its router, which share weights}
-        skip: dict[str, Any] | None = None,  # online.SkipSettings
+        skip: dict[str, Any] | None = None,  # settings() of skip.py
         format: int = FORMAT,
         **ignored: Any,
     ) -> None:

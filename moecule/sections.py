@@ -8,7 +8,7 @@ from typing import Any
 from moecule.blocks import Bar, Cell, Section, Table, Tile
 from moecule.budget import format_size
 from moecule.paired import gap
-from moecule.plan import Keep, Plan
+from moecule.plan import Keep, Plan, Skip
 from moecule.result import Result, in_groups, shown
 from moecule.run import Run
 
@@ -190,18 +190,20 @@ def skip_section(run: Run) -> Section:
     if sampled is None or sampled.skipped is None:
         return Section(title, notes=(f"The rule's rates by layer are absent. {AGAIN}",))
     skip, last = sampled.skipped, sampled.depths[-1]
-    rows = []
+    rule, rows = run.plan.skip, []
     for layer, run_share in skip.experts_run.items():
-        limits = " ".join(f"{t:g}" for t in run.plan.skip.thresholds.get(layer, ()))
         left_out = 1 - run_share
-        rows.append((str(layer), Bar(f"{100 * left_out:.1f} %", left_out), limits or "none"))
+        said = "learnt"
+        if isinstance(rule, Skip):
+            said = " ".join(f"{t:g}" for t in rule.thresholds.get(layer, ())) or "none"
+        rows.append((str(layer), Bar(f"{100 * left_out:.1f} %", left_out), said))
     mean = 1 - sum(skip.experts_run.values()) / len(skip.experts_run)
     text = (
         f"Of a sample of {sampled.tokens} tokens {100 * mean:.1f} % of the pairs of token and expert are "
         f"left out when skipping is on; the loss on it is {skip.loss_nats:.4f} nats a token with "
         f"skipping, {last.loss_nats:.4f} without, {sampled.loss_nats:.4f} of the original."
     )
-    head = ("layer", "left out", "thresholds")
+    head = ("layer", "left out", "thresholds" if isinstance(rule, Skip) else "masks")
     return Section(title, text, (), (Table.of("Left out by layer", head, rows),))
 
 

@@ -207,6 +207,8 @@ def train(
     capacity: CapacityOf = None,
     select: Selected = None,
     experts_over: ExpertsOver = 1,
+def learn(
+    model: Annotated[Path, typer.Argument(help="A folder that apply made by a plan with masks.")],
     data: Data = None,
     length: Length = None,
     device: Device = "auto",
@@ -232,6 +234,15 @@ def train(
             out,
             fitting=fitting,
             data=data,
+    """Teach a compressed model which experts a token may leave out, as its plan asks; in place."""
+    from moecule.data import Sampling
+    from moecule.train.masks import learn_masks
+
+    with bar() as progress:
+        made = learn_masks(
+            model,
+            data=data,
+            sampling=Sampling(length=length or 0),
             compute=compute_of(device, "float32", False),
             progress=progress,
         )
@@ -244,3 +255,10 @@ def train(
     if capacity is not None:
         say(f"{made.left_out:.1%} of held-out pairs find no room; the model runs without a limit")
     say(f"in {made.folder}; next: moecule evaluate {made.folder} --against {model}")
+        told = {"keep": made.keep, "kl_nats": made.kl_nats, "learning": asdict(made.trained)}
+        print_json({"checkpoint": str(made.folder), **told})
+        return
+    say(
+        f"{100 * made.keep:.1f} % of the pairs of token and expert run with --skip, for a KL of "
+        f"{made.kl_nats:.4f} nats to all; next: moecule evaluate {made.folder} --skip"
+    )

@@ -34,6 +34,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from moecule.errors import CheckpointError, PlanError
 from moecule.exports.contents import Contents
 from moecule.forward import packed_forward
+from moecule.heads import HEADS
 from moecule.hf import plain_skeleton
 from moecule.moe import experts_in, find_layers
 from moecule.runtime import MODEL_TYPE, PackedConfig, keep_from, prepare_experts
@@ -65,7 +66,11 @@ def experts_of(contents: Contents, layer: int, dtype: torch.dtype) -> Any:
     with torch.device("meta"):
         prepare_experts(module, [keep_from(w) for w in config.experts[str(layer)].split()])
     inside = f"{find_layers(model)[0]}.{layer}.{name}."
-    names = [n for n in contents.checkpoint.tensors if n.startswith(inside)]
+    names = [
+        n
+        for n in contents.checkpoint.tensors
+        if n.startswith(inside) and not n.startswith(f"{inside}{HEADS}.")  # nothing is skipped
+    ]
     device = torch.get_default_device()
     state = {
         n.removeprefix(inside): t.to(device) for n, t in contents.checkpoint.read(names).items()

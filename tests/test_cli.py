@@ -47,6 +47,7 @@ OPTIONS = {
     "quiet seed steps teacher text top-k",
     "inspect": "bits cache-experts clamp context data device drop dtype engine fit gpus json "
     "length load out quiet recipe replicas samples set size states time",
+    "learn": "data device json length quiet",
     "methods": "json quiet",
     "patterns": "device domain dtype json length out quiet recipe samples set trust-remote-code",
     "plan": "bits clamp context drop fit json out quiet recipe set size target",

@@ -445,11 +445,12 @@ def test_kernels_give_way_where_a_gradient_is_wanted(monkeypatch):
         assert forward._on_gpu(wanted, wanted)
 
 
-def test_a_compiler_takes_a_decoding_step_whole(tmp_path):
+@pytest.mark.parametrize("rule", [(), pytest.param(("masks",), marks=pytest.mark.slow)])
+def test_a_compiler_takes_a_decoding_step_whole(rule, tmp_path):
     """One graph for all steps, the same logits, and the same pairs skipped and counted."""
     script = Path(__file__).with_name("traced.py")
     run = subprocess.run(
-        [sys.executable, script, "mixtral", tmp_path], capture_output=True, text=True
+        [sys.executable, script, "mixtral", tmp_path, *rule], capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])

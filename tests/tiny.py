@@ -24,7 +24,7 @@ from moecule.checkpoint import Checkpoint
 from moecule.folder import write_config
 from moecule.hf import Streamed, auto_class, open_model, set_experts
 from moecule.moe import by_expert, experts_of, find_layers, find_moe, put_experts
-from moecule.plan import REST, Fate, Keep, Plan, Skip
+from moecule.plan import REST, Fate, Keep, Masks, Plan, Skip
 from moecule.recipe import part_of
 from moecule.walk import Walked, finish, walk
 from moecule.writer import SHARD_BYTES, SINGLE_BYTES, Writer
@@ -137,7 +137,7 @@ def plan(
     *,
     rest: Mapping[str, Keep] | None = None,
     encode: str = "rtn",
-    skip: Skip | None = None,
+    skip: Skip | Masks | None = None,
 ) -> Plan:
     """fate(layer, expert) for every expert; all of the rest stays but what `rest` says."""
     sizes = moe_layers(streamed)

@@ -1,6 +1,7 @@
 """Whether torch.compile takes a decoding step whole: `python tests/traced.py FAMILY FOLDER` prints JSON.
 
-With `offloaded`: while experts come into a cache and go. With `many`: by the kernels for more tokens.
+With `offloaded`: while experts come into a cache and go. With `many`: by the kernels for more tokens. With
+`masks`: by learnt masks instead of thresholds.
 
 The GPU's kernels run interpreted on the CPU, in a process of its own: with shapes checked at run time, as
 in tests, a step is more than the tracer can follow.
@@ -19,14 +20,16 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import tiny
 import torch
+from test_otp import HOW, lively_heads
 from torch._dynamo import lookup_backend
 from torch._dynamo.utils import counters
 from transformers import StaticCache
 
 from moecule import forward, gpu, online, runtime
+from moecule.heads import put_heads
 from moecule.kernels import gemv
 from moecule.offload import offload
-from moecule.plan import Keep, Skip
+from moecule.plan import Keep, Masks, Skip
 
 STEPS = 2
 operators: set[str] = set()  # of ours, in the graph
@@ -56,7 +59,7 @@ def decode(
     return torch.cat(logits)
 
 
-def written(name: str, folder: Path) -> Any:
+def written(name: str, folder: Path, *, masks: bool = False) -> Any:
     """A compressed model with online skipping, as it is loaded."""
     tiny.save(name, folder / "in", num_hidden_layers=1)
     streamed = tiny.stream(folder / "in")
@@ -66,9 +69,11 @@ def written(name: str, folder: Path) -> Any:
         streamed,
         lambda i, e: Keep((2, 3)[e % 2], 32),
         rest={"attention": Keep(4, 32)},
-        skip=Skip(limits, 0.1),
+        skip=Masks(HOW) if masks else Skip(limits, 0.1),
     )
     tiny.write(streamed, made, folder / "out", tiny.tokens(2))
+    if masks:
+        put_heads(folder / "out", lively_heads(folder / "out"))
     forward.GPU, forward._on_gpu = gpu, lambda *x: True
     gemv.tiling = lambda of, pairs: gemv.Tiling(rows=32)  # as the fixture `coarse`
     return tiny.load(folder / "out")
@@ -129,8 +134,8 @@ def off_by(have: torch.Tensor, want: torch.Tensor) -> float:
 
 def main(name: str, folder: Path, *how: str) -> None:
     """Compress, load, decode twice."""
-    model = written(name, folder)
-    modes = {"offloaded": moving, "many": many}
+    model = written(name, folder, masks="masks" in how)
+    modes = {"offloaded": moving, "many": many, "masks": whole}
     found = modes[how[0]](model) if how else whole(model)
     print(json.dumps(found | {"graphs": counters["stats"]["unique_graphs"]}))
 

@@ -21,6 +21,7 @@ from moecule.checkpoint import Checkpoint
 from moecule.decode import QUANTISED
 from moecule.errors import PlanError
 from moecule.family import Family, load_family
+from moecule.heads import HEADS
 from moecule.hf import PACKED, Streamed, plain_skeleton
 from moecule.moe import experts_in, find_layers, first_matrix
 from moecule.packed import Packed
@@ -136,6 +137,7 @@ class Contents:
             n
             for n in self.checkpoint.tensors
             if (n.startswith(inside) if i >= 0 else not n.startswith(prefix))
+            and f".experts.{HEADS}." not in n  # no other engine skips
         ]
         plain, modules, stacks = _gathered(self.checkpoint.read(of))
         config = PackedConfig(**self.checkpoint.config[QUANTISED])

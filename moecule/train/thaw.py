@@ -30,6 +30,7 @@ from moecule.runtime import MODEL_TYPE
 EXPERTS, PLAIN = "moecule_thawed", "moecule_plain"
 PACKED = "packed"  # the child of an experts module that holds its stacks
 BYTES = "code_bytes"  # of a thawed module: its codes, a byte each, by the name of the weight
+HELD = "held"  # of thawed experts: their matrices in float32, where `hold` unpacked them
 ORDER = "code_order"  # of thawed experts: where each lies when all stacks lie one after the other
 ALIGNED = 16  # bytes; torch's grouped product wants rows to begin at multiples
 
@@ -108,6 +109,16 @@ def _put_in_order(module: Any) -> None:
 
 
 @torch.no_grad()
+def hold(model: nn.Module) -> None:
+    """Unpack a thawed model's experts once, in float32, where neither codes nor scales are to move."""
+    for _, module in experts_in(model):
+        if not any(isinstance(stack, Ragged) for stack in module.packed.values()):
+            vars(module)[HELD] = {name: _stacked(module, name) for name in ("gate_up", "down")}
+            for holder in (module, *module.packed.values()):
+                vars(holder).pop(BYTES, None)
+
+
+@torch.no_grad()
 def freeze(model: nn.Module) -> None:
     """The way back from `thaw`, in place."""
     for _, module, name in packed_in(model):
@@ -118,7 +129,7 @@ def freeze(model: nn.Module) -> None:
         if type(module) in _thawed_classes.values():
             (module.__class__,) = type(module).__bases__
     for module in model.modules():
-        for mark in (BYTES, ORDER):
+        for mark in (BYTES, ORDER, HELD):
             vars(module).pop(mark, None)
     set_experts(model, MODEL_TYPE)
 
@@ -221,6 +232,8 @@ def thawed_forward(
 
 def _stacked(module: Any, name: str) -> Float[Tensor, "E M N"]:
     """One matrix of all experts, or of all pieces of them, in their order."""
+    if HELD in vars(module):
+        return cast(vars(module)[HELD][name])
     stacks, at = [*module.packed.values()], vars(module)[ORDER]
     if BYTES not in vars(module):
         return torch.cat([_of_stack(stack, name) for stack in stacks])[at]
