@@ -18,10 +18,10 @@ from moecule.batch import Batch
 from moecule.errors import PlanError
 from moecule.experts import Expert, Experts
 from moecule.family import Family
-from moecule.heads import HEADS, check_skip, first_heads
 from moecule.hf import Streamed
 from moecule.inventory import rest_parts
 from moecule.journal import NO_TRAIL, Trail
+from moecule.learnt import HEADS, check_skip, first_heads
 from moecule.method import load_method
 from moecule.moe import end_of, experts_of, listening
 from moecule.pack import Codec, pack_experts, pack_weights

@@ -26,9 +26,8 @@ VERBS = (  # as --help lists them
     *(looking.inspect, looking.families, looking.methods, looking.recipes),
     *(making.calibrate, making.plan, making.apply, making.compress, making.export),
     *(making.cloze, looking.evaluate, looking.report, looking.compare),
-    *(teaching.heal, teaching.slim, making.patterns, looking.generate),
-    *(teaching.heal, teaching.train, making.patterns, making.aggregate, looking.generate),
-    *(teaching.heal, teaching.learn, making.patterns, looking.generate),
+    *(teaching.heal, teaching.slim, teaching.learn, teaching.train),
+    *(making.aggregate, making.patterns, looking.generate),
 )
 for _verb in VERBS:
     app.command()(hushable(_verb))

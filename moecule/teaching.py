@@ -100,8 +100,8 @@ def heal(
 ) -> None:
     """Teach a compressed model what the original says; never ends worse than it began."""
     from moecule.compress import measured
-    from moecule.train.heal import Lesson
     from moecule.train.heal import heal as run
+    from moecule.train.lesson import Lesson
 
     compute = compute_of(device, dtype, False)
     lesson = Lesson(
@@ -159,7 +159,7 @@ def slim(
 ) -> None:
     """Narrow all experts in stages, distilling after each (SlimMoE); a stock checkpoint."""
     from moecule.compress import measured
-    from moecule.train.heal import Lesson
+    from moecule.train.lesson import Lesson
     from moecule.train.slim import slim as run
     from moecule.train.stages import Slimming
 
@@ -191,6 +191,8 @@ def slim(
         for of in trained.values():
             say(f"experts of {stage.width}: held-out KL {of.began:.4f} -> {of.best:.4f} nats")
     say(f"in {made.folder}; next: moecule generate {made.folder} 'Once upon a time'")
+
+
 def train(
     model: Model,
     out: Annotated[Path, typer.Option("-o", "--out", help="The trained checkpoint's folder.")],
@@ -207,8 +209,6 @@ def train(
     capacity: CapacityOf = None,
     select: Selected = None,
     experts_over: ExpertsOver = 1,
-def learn(
-    model: Annotated[Path, typer.Argument(help="A folder that apply made by a plan with masks.")],
     data: Data = None,
     length: Length = None,
     device: Device = "auto",
@@ -217,7 +217,7 @@ def learn(
     """Train a model on text, as after aggregate or dropping experts; never ends worse than it began."""
     from moecule.errors import RecipeError
     from moecule.train.fit import Fitting, fit
-    from moecule.train.heal import Lesson
+    from moecule.train.lesson import Lesson
 
     if select is not None and capacity is None:
         raise RecipeError("--select goes with --capacity; give that, such as 1.0, or leave it out")
@@ -234,6 +234,27 @@ def learn(
             out,
             fitting=fitting,
             data=data,
+            compute=compute_of(device, "float32", False),
+            progress=progress,
+        )
+    if json_:
+        told = {name: asdict(of) for name, of in made.trained.items()}
+        print_json({"checkpoint": str(made.folder), "training": told, "left_out": made.left_out})
+        return
+    for name, of in made.trained.items():
+        say(f"held-out loss, {name}: {of.began:.4f} -> {of.best:.4f} nats, step {of.best_step}")
+    if capacity is not None:
+        say(f"{made.left_out:.1%} of held-out pairs find no room; the model runs without a limit")
+    say(f"in {made.folder}; next: moecule evaluate {made.folder} --against {model}")
+
+
+def learn(
+    model: Annotated[Path, typer.Argument(help="A folder that apply made by a plan with masks.")],
+    data: Data = None,
+    length: Length = None,
+    device: Device = "auto",
+    json_: Json = False,
+) -> None:
     """Teach a compressed model which experts a token may leave out, as its plan asks; in place."""
     from moecule.data import Sampling
     from moecule.train.masks import learn_masks
@@ -247,14 +268,6 @@ def learn(
             progress=progress,
         )
     if json_:
-        told = {name: asdict(of) for name, of in made.trained.items()}
-        print_json({"checkpoint": str(made.folder), "training": told, "left_out": made.left_out})
-        return
-    for name, of in made.trained.items():
-        say(f"held-out loss, {name}: {of.began:.4f} -> {of.best:.4f} nats, step {of.best_step}")
-    if capacity is not None:
-        say(f"{made.left_out:.1%} of held-out pairs find no room; the model runs without a limit")
-    say(f"in {made.folder}; next: moecule evaluate {made.folder} --against {model}")
         told = {"keep": made.keep, "kl_nats": made.kl_nats, "learning": asdict(made.trained)}
         print_json({"checkpoint": str(made.folder), **told})
         return

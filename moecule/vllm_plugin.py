@@ -34,8 +34,8 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from moecule.errors import CheckpointError, PlanError
 from moecule.exports.contents import Contents
 from moecule.forward import packed_forward
-from moecule.heads import HEADS
 from moecule.hf import plain_skeleton
+from moecule.learnt import HEADS
 from moecule.moe import experts_in, find_layers
 from moecule.runtime import MODEL_TYPE, PackedConfig, keep_from, prepare_experts
 

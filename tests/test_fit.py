@@ -22,7 +22,7 @@ from moecule.plan import Keep
 from moecule.session import Compute
 from moecule.train import loop
 from moecule.train.fit import Fitting, fit, renew_routers
-from moecule.train.heal import Lesson, lesson_windows
+from moecule.train.lesson import Lesson, lesson_windows
 from moecule.train.loop import Schedule
 from moecule.train.losses import next_token
 from moecule.train.student import open_student

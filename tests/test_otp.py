@@ -18,8 +18,8 @@ from moecule import experts_run, set_skip
 from moecule.ask import price
 from moecule.checkpoint import Checkpoint
 from moecule.errors import CheckpointError, PlanError, RecipeError
-from moecule.heads import named, put_heads
 from moecule.inventory import take_inventory, weigh
+from moecule.learnt import named, put_heads
 from moecule.methods import otp
 from moecule.plan import Keep, Masks, Plan
 from moecule.recipe import load_recipe

@@ -21,7 +21,8 @@ from moecule.hf import skeleton
 from moecule.plan import Drop, Keep
 from moecule.session import Compute, open_checkpoint
 from moecule.train import loop
-from moecule.train.heal import Lesson, heal
+from moecule.train.heal import heal
+from moecule.train.lesson import Lesson
 from moecule.train.loop import Schedule, Trained, train
 from moecule.train.losses import distil, distil_top_k, next_token, top_k_of
 from moecule.train.student import PARTS, check_shared, open_student

@@ -26,8 +26,8 @@ from torch._dynamo.utils import counters
 from transformers import StaticCache
 
 from moecule import forward, gpu, online, runtime
-from moecule.heads import put_heads
 from moecule.kernels import gemv
+from moecule.learnt import put_heads
 from moecule.offload import offload
 from moecule.plan import Keep, Masks, Skip
 

@@ -26,7 +26,8 @@ from moecule.compress import AUTO, Ask
 from moecule.measure import device_name, window_losses
 from moecule.recipe import load_recipe
 from moecule.session import load
-from moecule.train.heal import Lesson, heal
+from moecule.train.heal import heal
+from moecule.train.lesson import Lesson
 from moecule.train.loop import Schedule
 from moecule.verbs import apply, calibrate, plan
 

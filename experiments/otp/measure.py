@@ -36,7 +36,7 @@ from moecule import online
 from moecule.data import Sampling
 from moecule.errors import RecipeError
 from moecule.files import parse_json, save_whole, write_text
-from moecule.heads import first_heads
+from moecule.learnt import first_heads
 from moecule.measure import device_name, window_losses
 from moecule.methods import odp
 from moecule.order import save_plan

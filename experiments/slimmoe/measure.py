@@ -37,7 +37,8 @@ from moecule.recipe import load_recipe
 from moecule.session import ASSETS, Compute, load, stream
 from moecule.text import calibration_batches
 from moecule.train.cut import width_of
-from moecule.train.heal import Lesson, heal
+from moecule.train.heal import heal
+from moecule.train.lesson import Lesson
 from moecule.train.loop import Schedule, Trained
 from moecule.train.losses import distil
 from moecule.train.slim import slim

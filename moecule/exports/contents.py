@@ -21,8 +21,8 @@ from moecule.checkpoint import Checkpoint
 from moecule.decode import QUANTISED
 from moecule.errors import PlanError
 from moecule.family import Family, load_family
-from moecule.heads import HEADS
 from moecule.hf import PACKED, Streamed, plain_skeleton
+from moecule.learnt import HEADS
 from moecule.moe import experts_in, find_layers, first_matrix
 from moecule.packed import Packed
 from moecule.plan import Keep

@@ -38,12 +38,12 @@ from moecule.journal import Journal, journal_of, placed, sweep
 from moecule.moe import Moe, by_expert, find_layers, find_moe
 from moecule.session import Compute, Progress, open_checkpoint, silent, ticker
 from moecule.train.capacity import Capacity, Select, balancing, limiting
-from moecule.train.heal import (
-    TOGETHER,
+from moecule.train.heal import TOGETHER
+from moecule.train.lesson import (
     Lesson,
-    history_of,
+    history,
     lesson_windows,
-    noted_in,
+    noted,
     write_taught,
 )
 from moecule.train.loop import Loss, Schedule, Trained, train
@@ -119,7 +119,7 @@ def fit(
         "tokens": [digest([windows]), digest([held])],
         **json.loads(json.dumps(asdict(fitting))),
     }
-    if ranks.share(noted_in(out) == request, 0):
+    if ranks.share(noted(out) == request, 0):
         sweep(out, ranks, whole=True)
         return _told(out)
     if ranks.is_first:
@@ -131,15 +131,15 @@ def fit(
             journal.add({"began": True})  # what follows leaves files of its own
             _stages(checkpoint, fitting, request, windows, held, compute, journal, progress)
         put_in_place(journal, out)
-    for name, of in history_of(out).items():
+    for name, of in history(out).items():
         if of.stopped is not None:
             warnings.warn(f"{name}: {of.stopped}; the best before it was kept", stacklevel=2)
     return _told(out)
 
 
 def _told(out: Path) -> Fitted:
-    noted = open_checkpoint(out).config["moecule"]
-    return Fitted(out, history_of(out), noted[LEFT_OUT])
+    said = open_checkpoint(out).config["moecule"]
+    return Fitted(out, history(out), said[LEFT_OUT])
 
 
 def _stages(
@@ -181,7 +181,7 @@ def _stages(
         else:
             for _ in range(schedule.steps):
                 tick()
-        source, trained = open_checkpoint(made), history_of(made)
+        source, trained = open_checkpoint(made), history(made)
 
 
 def _train(

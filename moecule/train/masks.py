@@ -31,9 +31,9 @@ from moecule.errors import CheckpointError, DataError, RecipeError
 from moecule.family import load_family
 from moecule.files import parse_json, write_text
 from moecule.folder import LEARNT
-from moecule.heads import learner, named, put_heads
 from moecule.hf import PACKED, skeleton
 from moecule.journal import journal_of, sweep
+from moecule.learnt import learner, named, put_heads
 from moecule.methods import otp
 from moecule.moe import experts_in, find_layers, find_moe
 from moecule.order import read_plan

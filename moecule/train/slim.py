@@ -52,7 +52,8 @@ from moecule.session import (
 )
 from moecule.states import free_host_bytes
 from moecule.train.cut import cut, slim_keys, width_of
-from moecule.train.heal import Lesson, check_teacher, history, lesson_windows, noted, teach
+from moecule.train.heal import teach
+from moecule.train.lesson import Lesson, check_teacher, history, lesson_windows, noted
 from moecule.train.loop import Trained
 from moecule.train.sensitivity import Felt, feel
 from moecule.train.stages import Slimming, Stage, stages_of

@@ -1,0 +1,118 @@
+"""What a model is taught, and what is left of it beside the checkpoint: windows, a schedule, a history."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from moecule.checkpoint import Checkpoint
+from moecule.data import Sampling, check_tokens, read_texts, split_windows, window_length
+from moecule.errors import CheckpointError, DataError, RecipeError
+from moecule.evidence import FILE as EVIDENCE
+from moecule.files import parse_json, write_text
+from moecule.folder import HEALED
+from moecule.hf import skeleton
+from moecule.session import ASSETS, open_checkpoint, tokenizer_of
+from moecule.train.loop import Schedule, Trained
+from moecule.train.student import check_parts, write_changed
+
+HELD_OUT = 32  # windows that say which state is best
+FILE = "healing.json"
+Teaching = Literal["auto", "beside", "said"]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """How a model is taught."""
+
+    # of student.PARTS; none: what of it is not codes, all if nothing is
+    parts: tuple[str, ...] = ()
+    schedule: Schedule = Schedule()
+    teaching: Teaching = "auto"  # beside the student, or said before; auto: beside where it fits
+    top_k: int = 64  # tokens that are kept of what is said before
+    by_layer: bool = False
+    experts_over: int = 1
+    length: int = 0  # tokens of a window; 0: as calibration
+    checkpointing: bool = (
+        False  # layers keep their input alone, and are computed again on the way back
+    )
+
+    def __post_init__(self) -> None:
+        """Raises RecipeError for what cannot be."""
+        if self.parts:
+            check_parts(self.parts)
+        if self.top_k < 1:
+            raise RecipeError(f"top_k = {self.top_k}, wanted 1 token or more")
+        if self.by_layer and {"lora"} & {*self.parts}:
+            raise RecipeError("layers are healed without lora; name other parts (--parts)")
+
+
+def check_teacher(checkpoint: Checkpoint, teacher: str | Path) -> None:
+    """Raise CheckpointError for a teacher of another vocabulary."""
+    sizes = [
+        skeleton(c, torch.float32)[0].config.get_text_config().vocab_size
+        for c in (checkpoint, open_checkpoint(teacher))
+    ]
+    if sizes[0] != sizes[1]:
+        raise CheckpointError(
+            f"the teacher {teacher} knows {sizes[1]} tokens and {checkpoint.name} {sizes[0]}; give the "
+            "model that it was made of"
+        )
+
+
+def lesson_windows(
+    checkpoint: Checkpoint, data: str | Path | None, lesson: Lesson, size: int
+) -> tuple[Int[Tensor, "N S"], Int[Tensor, "M S"]]:
+    """(as many as the schedule sees, or all there are; held out).
+
+    Raises DataError for text of which nothing is left to hold out.
+    """
+    config = skeleton(checkpoint, torch.float32)[0].config
+    length, schedule = window_length(config, lesson.length), lesson.schedule
+    texts = read_texts(data or ASSETS / "text" / "calibration.jsonl")
+    sampling = Sampling(schedule.steps * schedule.batch, seed=schedule.seed)
+    found = split_windows(tokenizer_of(checkpoint.path), texts, sampling, length, HELD_OUT)
+    for windows in found:
+        check_tokens(windows, config)
+    seen, held = found
+    even = len(held) // size * size  # as many for each process
+    if not even:
+        raise DataError(f"{size} processes share {len(held)} held-out windows; give more text")
+    return seen, held[:even]
+
+
+def noted(out: Path, which: str = HEALED) -> Any:
+    """The request that made the checkpoint in `out`, if training did; `which` kind of it."""
+    if not (out / "config.json").is_file() or not (out / FILE).is_file():
+        return None
+    return open_checkpoint(out).config.get("moecule", {}).get(which)
+
+
+def history(out: Path) -> dict[str, Trained]:
+    """What came of the lesson that made the checkpoint in `out`, by its parts."""
+    said = parse_json((out / FILE).read_text(encoding="utf-8"))
+    return {name: Trained.from_dict(of) for name, of in said.items()}
+
+
+def write_taught(
+    checkpoint: Checkpoint,
+    moved: Mapping[str, Tensor],
+    made: Path,
+    noted: Mapping[str, Any],
+    trained: Mapping[str, Trained],
+) -> None:
+    """The checkpoint anew into `made`, what is `noted` in its config.json, and what came of the lesson."""
+    write_changed(checkpoint, moved, made)
+    config = dict(parse_json((made / "config.json").read_text(encoding="utf-8")))
+    config["moecule"] = {**config.get("moecule", {}), **noted}
+    write_text(made / "config.json", json.dumps(config, indent=2) + "\n")
+    for stale in ("result.json", EVIDENCE, "report.html", "report.md"):  # of what it was before
+        (made / stale).unlink(missing_ok=True)
+    write_text(made / FILE, json.dumps({n: asdict(t) for n, t in trained.items()}) + "\n")
