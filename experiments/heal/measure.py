@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 
 from bench.cases import FLOAT32, added, windows_of
-from moecule.compress import AUTO, Ask
+from moecule.ask import Ask
 from moecule.measure import device_name, window_losses
 from moecule.recipe import load_recipe
 from moecule.session import load
 from moecule.train.heal import heal
 from moecule.train.lesson import Lesson
 from moecule.train.loop import Schedule
-from moecule.verbs import apply, calibrate, plan
+from moecule.verbs import AUTO, apply, calibrate, plan
 
 HERE = Path(__file__).parent
 WINDOW, SAMPLES, WINDOWS = 512, 64, 32
@@ -39,8 +39,12 @@ STARTS: dict[str, tuple[str, Ask]] = {
     "reap, half of the experts": ("reap", Ask(drop=0.5)),
 }
 LESSONS: dict[str, Lesson] = {
-    "mc, 2 bits": Lesson(schedule=Schedule(steps=400, batch=16, lr=3e-3, every=50)),
-    "reap, half of the experts": Lesson(schedule=Schedule(steps=400, batch=16, lr=5e-4, every=50)),
+    "mc, 2 bits": Lesson(
+        ("all",), Schedule(steps=1000, batch=16, lr=1e-3, every=100, precision="bfloat16")
+    ),
+    "reap, half of the experts": Lesson(
+        ("all",), Schedule(steps=600, batch=16, lr=1e-3, every=100, precision="bfloat16")
+    ),
 }
 
 
@@ -84,6 +88,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "start": args.start,
         "seed": args.seed,
         "set": args.set,
+        "parts": lesson.parts,
         "schedule": asdict(lesson.schedule),
         "device": device_name(AUTO.torch_device()),
         "at_once": args.jobs,

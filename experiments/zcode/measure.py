@@ -1,7 +1,7 @@
 """What aggregated experts, and experts merged or pruned, are worth as a start for training.
 
     python -m experiments.zcode.measure MODEL ... --data TRAIN.jsonl.xz --text VAL/*.txt -o rows.jsonl
-        [--steps 300] [--seeds 3] [--only aoe|fewer] [--quick]
+        [--steps 300] [--seeds 0 1 2] [--only aoe|fewer] [--quick]
     python -m experiments.zcode.measure --tables rows.jsonl      the tables of README.md
 
 TRAIN has lines [domain, text]. For each model and seed:
@@ -235,7 +235,7 @@ def shares(model: Any, windows: Int[Tensor, "N S"], family: Family, sources: int
 def measure(model: str, args: argparse.Namespace) -> None:
     """All runs of a model that the file lacks."""
     held = windows_of(model, args.text, args.length, args.windows)
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         there = args.out.read_text().splitlines() if args.out.is_file() else []
         name = Path(model).name
         done = {(r["model"], r["seed"], r["run"]) for r in map(json.loads, there)}
@@ -302,7 +302,7 @@ def main() -> None:
         "--scratch", type=Path, default=Path("scratch"), help="checkpoints on the way"
     )
     parser.add_argument("--only", choices=["aoe", "fewer"])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--source-steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=32)
@@ -328,7 +328,7 @@ def main() -> None:
             print(table([r for r in rows if r["model"] == name]))
         return
     if args.quick:
-        args.seeds, args.steps, args.source_steps, args.batch = 1, 4, 2, 2
+        args.seeds, args.steps, args.source_steps, args.batch = [0], 4, 2, 2
         args.length, args.windows, args.precision = 32, 1, "float32"
     for model in args.models:
         measure(model, args)
