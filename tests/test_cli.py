@@ -305,7 +305,10 @@ def test_a_gpu_that_is_not_there_is_refused(model, tmp_path):
         ("data = 3", r"\[data\]: found 3, wanted a table"),
         ("rest = {zoo = 4}", r"\[rest\]: unknown key 'zoo'; known are attention"),
         ("skip = 3", r"\[skip\] names no method"),
-        ("skip = {method = 'rtn'}", "method 'rtn' has no thresholds; those that have are odp"),
+        (
+            "skip = {method = 'rtn'}",
+            "method 'rtn' has no thresholds or learn; those that have are odp, otp",
+        ),
     ],
 )
 def test_a_slip_in_a_recipe_file_is_named(stats, tmp_path, toml, said):

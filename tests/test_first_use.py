@@ -82,7 +82,7 @@ def test_models_and_recipes_are_completed(tmp_path, monkeypatch):
     assert complete.models("emb") == ["embedded", "embers"]
     assert complete.models(str(tmp_path / "he")) == [str(tmp_path / "here")]
     assert complete.models("acme") == ["acme/small-moe"] and complete.models("x") == []
-    assert complete.recipes("mc") == ["mc", "mc_paper", "mc_own.toml"]
+    assert complete.recipes("mc") == ["mc", "mc_paper", "mc_sharp", "mc_own.toml"]
     assert complete.recipes("reap_") == ["reap_mc"]
     assert sorted(complete.recipes("")) == sorted([*recipe_names(), "mc_own.toml"])
 

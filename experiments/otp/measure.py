@@ -7,9 +7,10 @@
 A model is compressed once a seed by `mc` at 2.5 bits, without skipping. Masks then learn, once for each
 share of pairs that is to run. ODP's thresholds (least damage by Fisher, with and without protected
 tokens) are given the highest rate at which they leave out no more pairs of held-out train text than the
-masks do; what both leave out of the text that is measured stands beside the loss. Lines that ROWS.jsonl
-has are not measured again. `--quick` is the embedded model, its text, and a few steps; `--set` changes the
-recipe mc_sharp (skip.lr=0.01) and is noted. `tables.py` makes this folder's README.md of the lines.
+masks do, and once more of the text that is measured; what both leave out of it stands beside the loss.
+Lines that ROWS.jsonl has are not measured again. `--quick` is the embedded model, its text, and a few
+steps; `--set` changes the recipe mc_sharp (skip.lr=0.01) and is noted. `tables.py` makes this folder's
+README.md of the lines.
 """
 
 from __future__ import annotations
@@ -50,7 +51,12 @@ from moecule.train.masks import learn_masks, learning_windows
 from moecule.writer import SINGLE
 
 BITS = 2.5
-PROTECTED = {"odp": 0.02, "odp, none protected": 0.0}
+# (tokens protected, the text on which as many pairs are left out as by the masks)
+THRESHOLDS = {
+    "odp": (0.02, "train"),
+    "odp, none protected": (0.0, "train"),
+    "odp, none protected, as many here": (0.0, "text"),
+}
 SWEEP = 12  # halvings of the range of ODP's rate
 BATCH = 16
 QUICK = {"skip.steps": 8, "skip.batch": 4, "skip.samples": 48}
@@ -125,7 +131,7 @@ def figures(model: Any, held: torch.Tensor, texts: Mapping[str, torch.Tensor]) -
 def thresholded(base: Base, out: Path) -> Any:
     """The compressed model with ODP's rule in every layer, for `left_out` to set."""
     limits = {i: (0.5,) * (of["skip_ratio"].shape[1] - 1) for i, of in base.stats.items()}
-    return load(with_rule(base, Skip(limits, max(PROTECTED.values())), out), FLOAT32, skip=True)
+    return load(with_rule(base, Skip(limits, 0.02), out), FLOAT32, skip=True)
 
 
 def left_out(model: Any, base: Base, protect: float, rate: float, held: torch.Tensor) -> float:
@@ -169,7 +175,7 @@ def rows(
         yield common | {"rule": "none", "keep": 1.0, "by_file": by_file, "device": device}
     for keep in args.keeps:
         wanted = [
-            r for r in ("otp", *PROTECTED) if key(common | {"rule": r, "keep": keep}) not in had
+            r for r in ("otp", *THRESHOLDS) if key(common | {"rule": r, "keep": keep}) not in had
         ]
         if not wanted:
             continue
@@ -187,9 +193,15 @@ def rows(
         said = {"seconds": round(seconds, 1), "history": learnt.trained.history}
         yield common | about | {"rule": "otp"} | said | found
         model = thresholded(base, scratch / f"odp-{keep}")
-        for rule, protect in PROTECTED.items():
+        measured = torch.cat([*texts.values()])
+        for rule, (protect, where) in THRESHOLDS.items():
             start = time.perf_counter()
-            rate = odp_at(model, base, protect, found["train"]["skipped"], held)
+            on, many = (
+                (held, found["train"]["skipped"])
+                if where == "train"
+                else (measured, found["skipped"])
+            )
+            rate = odp_at(model, base, protect, many, on)
             seconds = time.perf_counter() - start
             said = {"seconds": round(seconds, 1), "rate": rate}
             yield common | about | {"rule": rule} | said | figures(model, held, texts)

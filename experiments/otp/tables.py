@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from bench.cases import added
+from experiments.otp.measure import THRESHOLDS
 
 HERE = Path(__file__).parent
-RULES = ("otp", "odp", "odp, none protected")
+RULES = ("otp", *THRESHOLDS)
 Row = Mapping[str, Any]
 
 
