@@ -208,6 +208,7 @@ def train(
     balance: Balance = 0.01,
     capacity: CapacityOf = None,
     select: Selected = None,
+    checkpointing: Checkpointing = False,
     experts_over: ExpertsOver = 1,
     data: Data = None,
     length: Length = None,
@@ -226,6 +227,7 @@ def train(
         schedule_of(steps=steps, batch=batch, lr=lr, every=every, seed=seed, precision=precision),
         experts_over=experts_over,
         length=length or 0,
+        checkpointing=checkpointing,
     )
     fitting = Fitting(lesson, router_steps, new_routers, balance, capacity, select or "random")
     with bar() as progress:

@@ -55,8 +55,8 @@ OPTIONS = {
     "report": "out quiet",
     "slim": "batch checkpointing data device dtype every experts-over full groups json length lr multiple "
     "out precision quiet samples seed signal stages steps teacher text width",
-    "train": "balance batch capacity data device every experts-over json length lr new-routers out "
-    "parts precision quiet router-steps seed select steps",
+    "train": "balance batch capacity checkpointing data device every experts-over json length lr "
+    "new-routers out parts precision quiet router-steps seed select steps",
 }
 
 

@@ -89,6 +89,17 @@ def test_capacity_and_selection_change_what_is_learnt(model, text, tmp_path):
     assert len({*ends.values(), plain.trained["all"].best}) == 4
 
 
+def test_layers_that_are_computed_again_leave_out_the_same(model, text, tmp_path):
+    ends = []
+    for again in (False, True):
+        lesson = replace(QUICK.lesson, checkpointing=again)
+        how = replace(QUICK, lesson=lesson, capacity=0.5)
+        made = fit(model, tmp_path / str(again), fitting=how, data=text, compute=COMPUTE)
+        ends.append(made.trained["all"])
+    assert ends[0].best == pytest.approx(ends[1].best, abs=1e-6)
+    assert [v for _, v, _ in ends[0].history] == pytest.approx([v for _, v, _ in ends[1].history])
+
+
 def test_routers_move_alone_first(model, text, tmp_path):
     how = replace(QUICK, router_steps=3, lesson=replace(QUICK.lesson, parts=("norms",)))
     made = fit(model, tmp_path / "out", fitting=how, data=text, compute=COMPUTE)

@@ -92,8 +92,13 @@ def teach(
     setting: Setting,
     capacity: float | None = 1.0,
     select: Select = "random",
+    *,
+    by_language: bool = False,
 ) -> float:
-    """Train all of it; the share of (token, expert) pairs that found no room."""
+    """Train all of it; the share of (token, expert) pairs that found no room.
+
+    `by_language`: a step's sentences come in the order of the languages they are wanted in.
+    """
     family = load_family("qwen3_moe")
     moes = [moe for layer in find_layers(model)[1] if (moe := find_moe(layer, family))]
     schedule = Schedule(steps=steps, batch=setting.batch, lr=3e-3, every=steps, seed=setting.seed)
@@ -105,6 +110,7 @@ def teach(
             rules = stack.enter_context(limiting(moes, model.config.num_experts, capacity, select))
 
         def loss(model: Any, ids: Int[Tensor, "B S"]) -> Float[Tensor, ""]:
+            ids = ids[ids[:, 0].argsort(stable=True)] if by_language else ids
             said = model(input_ids=ids, use_cache=False).logits
             return answer_loss(said, ids) + BALANCE * told.take()
 
@@ -176,6 +182,15 @@ def runs(setting: Setting, told: Callable[..., None]) -> None:
         )
 
 
+def ordered(setting: Setting, told: Callable[..., None]) -> None:
+    """Who is left out where a step's sentences do not come by lot."""
+    text = setting.text(World.of(setting.seed), setting.steps, 1)
+    for select in ("random", "position"):
+        model = setting.fresh(8)
+        out = teach(model, text, setting.steps, setting, 1.0, select, by_language=True)
+        told(f"language after language, {select}", model, setting.steps, out)
+
+
 def _aggregated(
     setting: Setting, world: World, text: Int[Tensor, "N S"], at: Path, told: Callable[..., None]
 ) -> None:
@@ -235,8 +250,8 @@ def by_direction(rows: list[dict[str, Any]], names: tuple[str, ...]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def measure(setting: Setting, out: Path) -> None:
-    """All runs of a seed, a line each when all are done."""
+def measure(setting: Setting, out: Path, what: Callable[..., None]) -> None:
+    """These runs of a seed, a line each when all are done."""
     world, lines, began = World.of(setting.seed), list[str](), time.perf_counter()
     held = examples(world, 512, 1000 * setting.seed + 999)
 
@@ -256,7 +271,7 @@ def measure(setting: Setting, out: Path) -> None:
         )
         began = time.perf_counter()
 
-    runs(setting, told)
+    what(setting, told)
     with out.open("a") as f:
         f.write("\n".join(lines) + "\n")
 
@@ -279,16 +294,19 @@ def main() -> None:
         print(by_direction(rows, DIRECTIONS))
         return
     there = args.out.read_text().splitlines() if args.out.is_file() else []
-    done = {json.loads(line)["seed"] for line in there}
+    done = {(row["seed"], row["run"]) for row in map(json.loads, there)}
     for seed in range(1 if args.quick else args.seeds):
-        if seed not in done:
-            sizes = {"steps": 24, "batch": 16, "width": 32} if args.quick else {"steps": args.steps}
-            measure(Setting(seed=seed, **sizes), args.out)
+        sizes = {"steps": 24, "batch": 16, "width": 32} if args.quick else {"steps": args.steps}
+        for first, what in FIRST.items():
+            if (seed, first) not in done:
+                measure(Setting(seed=seed, **sizes), args.out, what)
 
 
+FIRST = {"from scratch, capacity 1, random": runs, "language after language, random": ordered}
 DIRECTIONS = (
     "from scratch, capacity 1, random", "from scratch, capacity 1, position", "AoE 4 + 4",
-    "8 to 4 by use, then trained", "8 to 4 by lot, then trained",
+    "8 to 4 by use, then trained", "8 to 4 by lot, then trained", "language after language, random",
+    "language after language, position",
 )  # fmt: skip
 
 

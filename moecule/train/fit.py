@@ -48,7 +48,7 @@ from moecule.train.lesson import (
 )
 from moecule.train.loop import Loss, Schedule, Trained, train
 from moecule.train.losses import next_token
-from moecule.train.student import Student, changes, open_student
+from moecule.train.student import Student, changes, open_student, save_memory
 from moecule.verbs import AUTO, MADE, put_in_place
 from moecule.writer import check_out
 
@@ -167,6 +167,8 @@ def _stages(
             student = open_student(
                 source.path, compute, parts=parts, experts_over=lesson.experts_over
             )
+            if lesson.checkpointing:
+                save_memory(student)
             if fitting.new_routers and source is checkpoint:
                 renew_routers(student, schedule.seed)
             steps_of = journal.folder / f"{name}-steps"
@@ -239,6 +241,7 @@ def learning(student: Student, fitting: Fitting) -> Iterator[tuple[Loss, list[Ca
         told = stack.enter_context(balancing(moes, experts, scores))
 
         def loss(model: Any, ids: Int[Tensor, "B S"]) -> Float[Tensor, ""]:
+            told.terms.clear()  # of layers that were computed again on the way back
             return plain_loss(student, ids) + fitting.balance * told.take()
 
         yield loss, rules
