@@ -43,7 +43,6 @@ from moecule.journal import journal_of, only_one, placed, sweep
 from moecule.session import (
     Compute,
     Progress,
-    load,
     memory_bytes,
     open_checkpoint,
     silent,
@@ -57,6 +56,7 @@ from moecule.train.lesson import Lesson, check_teacher, history, lesson_windows,
 from moecule.train.loop import Trained
 from moecule.train.sensitivity import Felt, feel
 from moecule.train.stages import Slimming, Stage, stages_of
+from moecule.train.student import open_teacher
 from moecule.verbs import AUTO, MADE, put_in_place
 from moecule.writer import check_out, move_into
 
@@ -264,8 +264,8 @@ def _felt(job: _Job, s: int, source: Path, windows: Int[Tensor, "N S"]) -> Felt:
     slimming, compute = job.slimming, job.compute
     own = open_checkpoint(source).digest == open_checkpoint(job.teacher).digest
     _check_room(source, None if own else job.teacher, compute)
-    model = load(source, compute)
-    theirs = model if own else load(job.teacher, compute)
+    model = open_teacher(source, compute)
+    theirs = model if own else open_teacher(job.teacher, compute)
     batches = list(windows.split(slimming.batch))
     size = compute.ranks.size
     if len(batches) < size:
