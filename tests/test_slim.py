@@ -181,6 +181,9 @@ def test_one_killed_while_it_puts_the_last_stage_in_place_goes_on(
     monkeypatch.setattr(module, "move_into", move)
     slim(model, out, TWO, lesson=SHORT, data=data)
     assert tree(out) == tree(made)
+    (out / module.MOVING).write_text("[]")  # killed before the last line
+    slim(model, out, TWO, lesson=SHORT, data=data)
+    assert tree(out) == tree(made) and not (out / module.MOVING).exists()
 
 
 def test_what_another_request_made_is_left_alone(model, data, made):

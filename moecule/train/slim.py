@@ -144,6 +144,8 @@ def in_stages(
         raise OutputError(
             f"{out} holds what another request made; name another folder or remove it"
         )
+    elif ranks.is_first:
+        (out / MOVING).unlink(missing_ok=True)  # a kill at the very end left it
     folders = [*(job.stage(s) for s in range(len(stages) - 1)), out]
     return Slimmed(out, stages, tuple(history(f) for f in folders))
 
