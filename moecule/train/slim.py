@@ -13,7 +13,7 @@ methods/slimmoe.py and sensitivity.py, distilling is heal.py's. What comes out i
 Differences from the paper, whose text was not at hand:
 - How many stages, which widths in between, how long each and at which rates is not known to us. Ours:
   widths fall by the same factor from stage to stage (in multiples of `multiple`), every stage takes
-  one share of the steps and the last two.
+  one share of the steps and the last two, and only in the last does the rate fall.
 - The first stage scores by `signal`, for there the model is its own teacher; later ones by the 8 likeliest.
 - The best by held-out KL of each stage goes on, not the last.
 """
@@ -206,6 +206,8 @@ def _run(job: _Job, shares: list[Int[Tensor, "_N S"]], held: Int[Tensor, "M S"])
             scored = torch.cat([*shares[s:], *shares[:s]])[: job.slimming.samples]
             _cut(job, s, job.stage(s - 1) if s else job.checkpoint.path, scored)
             schedule = replace(job.lesson.schedule, steps=job.stages[s].steps)
+            if s < last:  # more is to be cut: the rate stays high
+                schedule = replace(schedule, end=1.0)
             teach(
                 open_checkpoint(job.cut(s)), job.teacher, folder, share, held,
                 lesson=replace(job.lesson, schedule=schedule), compute=job.compute,
