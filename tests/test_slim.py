@@ -139,11 +139,12 @@ def test_each_stage_has_windows_of_its_own_and_the_original_for_a_teacher(
 @pytest.mark.parametrize(
     "at",
     [
-        "stage 1: score 2",
         "stage 1: heal 1",
         "stage 2: score 1",
-        "stage 2: heal 3",
-        "stage 2: heal 4",
+        *(
+            pytest.param(at, marks=pytest.mark.slow)
+            for at in ("stage 1: score 2", "stage 2: heal 3", "stage 2: heal 4")
+        ),
     ],
 )
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(at, model, data, made, tmp_path):
