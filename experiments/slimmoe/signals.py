@@ -17,9 +17,10 @@ import torch
 
 from moecule.data import Sampling, read_texts, split_windows
 from moecule.moe import experts_in, find_layers, put_experts
-from moecule.session import Compute, load, open_checkpoint, tokenizer_of
+from moecule.session import Compute, open_checkpoint, tokenizer_of
 from moecule.train.losses import distil
 from moecule.train.sensitivity import SIGNALS, feel
+from moecule.train.student import open_teacher
 from moecule.width import of_one_width
 
 DOCUMENTS, WINDOWS, HELD_OUT, LENGTH = 3000, 32, 12, 256
@@ -36,7 +37,7 @@ def main() -> None:
     texts = read_texts(args.data)[:DOCUMENTS]
     tokenizer = tokenizer_of(open_checkpoint(args.model).path)
     windows, held = split_windows(tokenizer, texts, Sampling(WINDOWS), LENGTH, HELD_OUT)
-    teacher = load(args.model, Compute(dtype="float32"))
+    teacher = open_teacher(args.model, Compute(dtype="float32"))
     held = held.to(teacher.device)
     for signal, full, together in itertools.product(SIGNALS, (False, True), TOGETHER):
         felt = feel(teacher, teacher, list(windows.split(together)), signal, full=full)

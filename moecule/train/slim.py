@@ -13,7 +13,7 @@ methods/slimmoe.py and sensitivity.py, distilling is heal.py's. What comes out i
 Differences from the paper, whose text was not at hand:
 - How many stages, which widths in between, how long each and at which rates is not known to us. Ours:
   widths fall by the same factor from stage to stage (in multiples of `multiple`), every stage takes
-  one share of the steps and the last two.
+  one share of the steps and the last two, and only in the last does the rate fall.
 - The first stage scores by `signal`, for there the model is its own teacher; later ones by the 8 likeliest.
 - The best by held-out KL of each stage goes on, not the last.
 """
@@ -43,7 +43,6 @@ from moecule.journal import journal_of, only_one, placed, sweep
 from moecule.session import (
     Compute,
     Progress,
-    load,
     memory_bytes,
     open_checkpoint,
     silent,
@@ -57,6 +56,7 @@ from moecule.train.lesson import Lesson, check_teacher, history, lesson_windows,
 from moecule.train.loop import Trained
 from moecule.train.sensitivity import Felt, feel
 from moecule.train.stages import Slimming, Stage, stages_of
+from moecule.train.student import open_teacher
 from moecule.verbs import AUTO, MADE, put_in_place
 from moecule.writer import check_out, move_into
 
@@ -144,6 +144,8 @@ def in_stages(
         raise OutputError(
             f"{out} holds what another request made; name another folder or remove it"
         )
+    elif ranks.is_first:
+        (out / MOVING).unlink(missing_ok=True)  # a kill at the very end left it
     folders = [*(job.stage(s) for s in range(len(stages) - 1)), out]
     return Slimmed(out, stages, tuple(history(f) for f in folders))
 
@@ -204,6 +206,8 @@ def _run(job: _Job, shares: list[Int[Tensor, "_N S"]], held: Int[Tensor, "M S"])
             scored = torch.cat([*shares[s:], *shares[:s]])[: job.slimming.samples]
             _cut(job, s, job.stage(s - 1) if s else job.checkpoint.path, scored)
             schedule = replace(job.lesson.schedule, steps=job.stages[s].steps)
+            if s < last:  # more is to be cut: the rate stays high
+                schedule = replace(schedule, end=1.0)
             teach(
                 open_checkpoint(job.cut(s)), job.teacher, folder, share, held,
                 lesson=replace(job.lesson, schedule=schedule), compute=job.compute,
@@ -264,8 +268,8 @@ def _felt(job: _Job, s: int, source: Path, windows: Int[Tensor, "N S"]) -> Felt:
     slimming, compute = job.slimming, job.compute
     own = open_checkpoint(source).digest == open_checkpoint(job.teacher).digest
     _check_room(source, None if own else job.teacher, compute)
-    model = load(source, compute)
-    theirs = model if own else load(job.teacher, compute)
+    model = open_teacher(source, compute)
+    theirs = model if own else open_teacher(job.teacher, compute)
     batches = list(windows.split(slimming.batch))
     size = compute.ranks.size
     if len(batches) < size:
