@@ -8,7 +8,7 @@ from typer.core import TyperGroup
 
 from moecule.errors import InterruptError
 
-JOURNALLED = ("calibrate", "apply", "compress", "learn")
+JOURNALLED = ("calibrate", "apply", "compress", "heal", "slim", "train", "learn")
 
 
 class Verbs(TyperGroup):

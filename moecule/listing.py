@@ -1,7 +1,7 @@
 """The methods as a table: what each does, its paper, its recipes, and what it was measured to cost.
 
-measured.json beside this file is written by experiments (experiments/equal_bytes/tables.py); what was not
-measured is not in it, and its cell is empty.
+measured.json beside this file is written by experiments (experiments/equal_bytes/tables.py, experiments/trained.py);
+what was not measured is not in it, and its cell is empty.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ DOES = {
 class Measured:
     """What a recipe of the method cost."""
 
-    recipe: str
+    recipe: str  # or the command
     at: str  # the budget: "25% dropped"
     added_nats: Mapping[str, float]  # loss a token over the original's, by model
     source: str  # the folder of the experiment
+    method: str | None = None  # whose cost it is, where not what the recipe drops or rounds by
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,9 @@ def listing() -> list[Listed]:
                 paper=arxiv[1],
                 parts=tuple(p for p in PARTS if getattr(method, p) is not None),
                 recipes=tuple(using.get(name, ())),
-                measured=tuple(c for c in costs if _decides(recipes[c.recipe]) == name),
+                measured=tuple(
+                    c for c in costs if (c.method or _decides(recipes[c.recipe])) == name
+                ),
             )
         )
     return sorted(found, key=lambda m: (min(map(PARTS.index, m.parts)), m.name))

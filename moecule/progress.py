@@ -22,6 +22,7 @@ from rich.table import Column
 from rich.text import Text
 
 EVERY_S = 5.0  # between two plain lines, at least
+TRAINING = ("heal", "train", "learn")  # whose steps are no layers
 LATEST = 8  # steps, of which the rate is taken
 STATUS = Path("/proc/self/statm")
 
@@ -32,7 +33,7 @@ class Track:
 
     what: str
     of: int
-    tokens: int  # of the text that every step passes; 0 where there is none
+    tokens: int  # of the text that passes through all steps; 0 where there is none
     marks: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=LATEST + 1))
 
     def add(self, done: int, now: float) -> None:
@@ -62,7 +63,8 @@ class Track:
     def says(self, now: float) -> list[str]:
         """What a person reads of it."""
         step, left = self.step_s, self.left_s(now)
-        said = [f"{self.done}/{self.of} layers" if self.tokens else f"{self.done}/{self.of}"]
+        unit = "" if not self.tokens else " steps" if self.what in TRAINING else " layers"
+        said = [f"{self.done}/{self.of}{unit}"]
         if self.tokens and step:
             said.append(f"{self.tokens / (self.of * step):.0f} tokens/s")
         said.append(f"host {decimal(host_bytes())}")

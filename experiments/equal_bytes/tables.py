@@ -213,7 +213,9 @@ def main() -> None:
     for m in models:
         plot(m, HERE / f"{m.whole['model']}.svg")
     (HERE / "README.md").write_text(page(models))
-    MEASURED.write_text(json.dumps(measured(models), indent=1) + "\n")
+    made = measured(models)
+    others = [of for of in json.loads(MEASURED.read_text()) if of["source"] != made[0]["source"]]
+    MEASURED.write_text(json.dumps([*made, *others], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -159,7 +159,8 @@ def _stages(
         alone = replace(lesson.schedule, steps=fitting.router_steps)
         stages = {"router": (("router",), alone), **stages}
     steps = sum(schedule.steps for _, schedule in stages.values())
-    tick = ticker(progress, "train", steps)
+    text = steps * lesson.schedule.batch * windows.shape[1]
+    tick = ticker(progress, "train", steps, text)
     source, trained = checkpoint, dict[str, Trained]()
     for name, (parts, schedule) in stages.items():
         made = journal.folder / (MADE if name == "all" else name)

@@ -182,7 +182,8 @@ def _whole(
         return float(ranks.add_up(total)) / len(held)
 
     schedule = lesson.schedule
-    tick = ticker(progress, "heal", schedule.steps, schedule.batch * windows.shape[1])
+    text = schedule.steps * schedule.batch * windows.shape[1]
+    tick = ticker(progress, "heal", schedule.steps, text)
     trained = train(
         student.model,
         loss,
@@ -277,7 +278,7 @@ def _by_layer(
         noting(trail_of(m, tokens, compute, 6, journal.folder), journal, of)
         for m, of in ((streamed, ""), (theirs, "teacher_"))
     ]
-    tick = ticker(progress, "heal", len(streamed.layers), tokens)
+    tick = ticker(progress, "heal by layer", len(streamed.layers), tokens)
     folder = journal.folder / "layers"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)

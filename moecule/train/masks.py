@@ -213,7 +213,8 @@ def _taught(
     pupil = Pupil(model, family, first, max(options.keep - BELOW, fewest), ranks)
     tau, made = [options.hot], 0
     each = max(1, LOGITS // (model.config.get_text_config().vocab_size * seen.shape[1]))
-    show = ticker(progress, "learn", options.steps, options.batch * seen.shape[1])
+    text = options.steps * options.batch * seen.shape[1]
+    show = ticker(progress, "learn", options.steps, text)
 
     def tick() -> None:  # once a step, those of a killed run too
         nonlocal made
