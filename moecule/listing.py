@@ -1,7 +1,7 @@
 """The methods as a table: what each does, its paper, its recipes, and what it was measured to cost.
 
-measured.json beside this file is written by experiments (experiments/equal_bytes/tables.py, experiments/trained.py);
-what was not measured is not in it, and its cell is empty.
+measured.json beside this file is written by experiments (equal_bytes/tables.py, trained.py); what was not
+measured is not in it, and its cell is empty.
 """
 
 from __future__ import annotations
