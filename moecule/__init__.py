@@ -10,6 +10,7 @@ Importing this package registers its checkpoints with transformers:
 
 from moecule import quick as _quick  # noqa: F401  ends here where no more is needed
 from moecule import runtime as _runtime  # noqa: F401  registers
+from moecule.aggregate import Aggregated, aggregate
 from moecule.cloze import cloze
 from moecule.compare import compare
 from moecule.compress import Compressed, compress
@@ -27,28 +28,43 @@ from moecule.result import Result
 from moecule.session import Compute
 from moecule.suite import Suite
 from moecule.taer import patterns
+from moecule.train.fit import Fitted, Fitting, fit
+from moecule.train.heal import Healed, heal
+from moecule.train.lesson import Lesson
+from moecule.train.loop import Schedule
 from moecule.train.masks import Learnt, learn_masks
+from moecule.train.slim import Slimmed, slim
+from moecule.train.stages import Slimming
 from moecule.verbs import Ask, apply, calibrate, plan, read_plan
 from moecule.version import VERSION as __version__  # noqa: F401, N811
 
 __all__ = [
+    "Aggregated",
     "Ask",
     "Compressed",
     "Compute",
     "Drop",
     "ExpertLoad",
     "Exported",
+    "Fitted",
+    "Fitting",
     "Generated",
+    "Healed",
     "Inspection",
     "Keep",
     "Learnt",
+    "Lesson",
     "Masks",
     "MoeculeError",
     "Plan",
     "Recipe",
     "Result",
+    "Schedule",
     "Skip",
+    "Slimmed",
+    "Slimming",
     "Suite",
+    "aggregate",
     "apply",
     "calibrate",
     "cloze",
@@ -58,7 +74,9 @@ __all__ = [
     "expert_load",
     "experts_run",
     "export",
+    "fit",
     "generate",
+    "heal",
     "inspect",
     "learn_masks",
     "load_recipe",
@@ -67,4 +85,5 @@ __all__ = [
     "read_plan",
     "report",
     "set_skip",
+    "slim",
 ]

@@ -20,7 +20,7 @@ from moecule.errors import CheckpointError, DataError, OutputError, RecipeError
 from moecule.hf import skeleton
 from moecule.plan import Drop, Keep
 from moecule.session import Compute, open_checkpoint
-from moecule.train import loop
+from moecule.train import loop, student
 from moecule.train.heal import heal
 from moecule.train.lesson import Lesson
 from moecule.train.loop import Schedule, Trained, train
@@ -438,3 +438,11 @@ def test_experts_that_processes_cannot_share(checkpoint, packed):
         check_shared(*of["stock"], 6, 6, packed=False)
     with pytest.raises(RecipeError, match="leave out --experts-over"):
         check_shared(*of["packed"], 2, 2, packed=True)
+
+
+def test_too_little_memory_is_told_with_what_would_fit(checkpoint, monkeypatch):
+    monkeypatch.setattr(student, "free_host_bytes", lambda: 40_000)
+    teacher = checkpoint("mixtral", tokenizer=True)
+    with pytest.raises(RecipeError, match=r"and cpu has 40.00 kB.*norms alone take .* kB.*--by-layer"):
+        open_student(teacher, COMPUTE)
+    open_student(teacher, COMPUTE, parts=("norms",))
