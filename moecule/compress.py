@@ -13,14 +13,16 @@ import torch
 
 from moecule.apply import check_target, key_of
 from moecule.ask import Ask, foresee
+from moecule.chat import is_chat
 from moecule.data import Sampling
-from moecule.errors import OutputError
+from moecule.errors import DataError, OutputError
 from moecule.evaluate import evaluate
 from moecule.evidence import gather, load_evidence, noting, save_evidence
 from moecule.files import write_text
 from moecule.folder import remains
 from moecule.inventory import take_inventory
 from moecule.journal import only_one, placed, sweep
+from moecule.method import load_method
 from moecule.order import save_plan
 from moecule.plan import Masks
 from moecule.recipe import Recipe, load_recipe
@@ -61,7 +63,7 @@ def compress(
     """
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     out = Path(out)
-    _check(model, out, chosen, ask, text, compute)
+    _check(model, out, chosen, ask, data, text, compute)
     with only_one(out, compute.ranks, "compress.lock"), noting() as said:
         earlier = load_evidence(out) if compute.ranks.is_first else None
         made = _compress(model, out, chosen, ask, data, text, compute, progress)
@@ -154,6 +156,7 @@ def _check(
     out: Path,
     recipe: Recipe,
     ask: Ask,
+    data: str | Path | None,
     text: Sequence[str | Path],
     compute: Compute,
 ) -> None:
@@ -167,6 +170,9 @@ def _check(
     if ask.target is not None:
         foreseen = replace(foresee(recipe, ask, inventory), made_by={"target": ask.target})
         check_target(foreseen, key_of(streamed, foreseen), streamed.family)
+    learns = None if recipe.skip is None else load_method(recipe.skip.method, "needs").learn
+    if learns is not None and data is not None and is_chat(data):
+        raise DataError(f"masks are learnt from text, and {data} holds conversations; give --data")
     if text:
         evaluation_batches(streamed.model.config, path, text, 0, None, recipe.data)
 

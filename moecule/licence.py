@@ -19,7 +19,7 @@ def licence_of(folder: Path) -> dict[str, Any]:
         return {}
     try:
         said = yaml.safe_load("\n".join(lines[1 : lines.index("---", 1)]))
-    except yaml.YAMLError:  # the Hub reads none of it either
+    except (yaml.YAMLError, ValueError):  # of a date, too; the Hub reads none of it either
         return {}
     return {key: said[key] for key in KEYS if said.get(key)} if isinstance(said, dict) else {}
 

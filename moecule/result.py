@@ -7,7 +7,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from moecule.budget import format_size
 from moecule.depth import Depth, Sampled, Skipped
@@ -216,7 +217,25 @@ def _result(doc: dict[str, Any]) -> Result:
     of += [doc["text_digests"]] if doc.get("text_digests") else []
     if any(set(other) != set(doc["by_file"]) for other in of):
         raise ValueError("texts differ within it")
-    return Result(**doc)
+    made = Result(**doc)
+    _check_kinds(made)
+    return made
+
+
+def _check_kinds(made: Result) -> None:
+    """Raise ValueError for what is no number, or no table, where there must be one."""
+    for name, hint in get_type_hints(Result).items():
+        value, kinds = (
+            getattr(made, name),
+            set(get_args(hint)) if isinstance(hint, UnionType) else {hint},
+        )
+        if value is None and type(None) in kinds:
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if {int, float} & kinds and not number:
+            raise ValueError(f"{name} is {value!r}, wanted a number")
+        if any(get_origin(k) is Mapping for k in kinds) and not isinstance(value, dict):
+            raise ValueError(f"{name} is {value!r}, wanted a table")
 
 
 def _loss(doc: dict[str, Any]) -> Loss:

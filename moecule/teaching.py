@@ -16,7 +16,9 @@ BatchSize = Annotated[int, typer.Option("--batch", help="Windows a step, over al
 Rate = Annotated[float | None, typer.Option("--lr", help="Learning rate, at its highest.")]
 Every = Annotated[int, typer.Option(help="Steps from one held-out figure to the next.")]
 Seed = Annotated[int, typer.Option(help="Of windows and noise.")]
-Precision = Annotated[str, typer.Option(help="Of products: float32 or bfloat16.")]
+Precision = Annotated[
+    Literal["float32", "bfloat16"], typer.Option(help="Of products: float32 or bfloat16.")
+]
 Parts = Annotated[
     str | None,
     typer.Option(help="What moves: scales,router,norms,lora,experts or all.", metavar="A,B"),
@@ -108,7 +110,7 @@ def heal(
         parts_of(parts),
         schedule_of(steps=steps, batch=batch, lr=lr, every=every, seed=seed, precision=precision),
         teaching="auto" if top_k is None else "said",
-        top_k=top_k or Lesson.top_k,
+        top_k=Lesson.top_k if top_k is None else top_k,
         by_layer=by_layer,
         experts_over=experts_over,
         length=length or 0,

@@ -443,6 +443,30 @@ def test_experts_that_processes_cannot_share(checkpoint, packed):
 def test_too_little_memory_is_told_with_what_would_fit(checkpoint, monkeypatch):
     monkeypatch.setattr(student, "free_host_bytes", lambda: 40_000)
     teacher = checkpoint("mixtral", tokenizer=True)
-    with pytest.raises(RecipeError, match=r"and cpu has 40.00 kB.*norms alone take .* kB.*--by-layer"):
+    with pytest.raises(
+        RecipeError, match=r"and cpu has 40.00 kB.*norms alone take .* kB.*--by-layer"
+    ):
         open_student(teacher, COMPUTE)
     open_student(teacher, COMPUTE, parts=("norms",))
+
+
+def test_what_is_checked_is_what_is_stored(checkpoint, text, tmp_path):
+    """In bfloat16 a step of this size is mostly rounded away."""
+    teacher = checkpoint("mixtral", tokenizer=True)
+    source = tmp_path / "source"
+    tiny.save("mixtral", source, torch.bfloat16, vocab_size=tiny.VOCABULARY, num_local_experts=4)
+    tiny.save_tokenizer(source)
+    lesson = Lesson(("all",), replace(QUICK, lr=1e-4), length=24)
+    done = heal(source, teacher, tmp_path / "out", lesson=lesson, data=text, compute=COMPUTE)
+    again = heal(
+        tmp_path / "out", teacher, tmp_path / "more", lesson=lesson, data=text, compute=COMPUTE
+    )
+    assert held_out(again).began == pytest.approx(held_out(done).best, abs=1e-6)
+
+
+def test_codes_of_another_kind_are_refused(checkpoint, text, tmp_path, monkeypatch):
+    teacher = checkpoint("mixtral", tokenizer=True)
+    monkeypatch.setattr(Checkpoint, "is_coded", True)
+    with pytest.raises(CheckpointError, match="cannot be written back; give a model of 16"):
+        heal(teacher, teacher, tmp_path / "out", data=text, compute=COMPUTE)
+    assert not (tmp_path / "out").exists()

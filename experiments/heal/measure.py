@@ -52,7 +52,7 @@ def make(model: str, start: str, data: str, folder: Path, samples: int) -> Path:
     """The compressed model that is to be healed."""
     name, ask = STARTS[start]
     recipe = load_recipe(name, {"data.samples": samples})
-    out = folder / start.replace(" ", "-").replace(",", "")
+    out = folder / Path(model).name / start.replace(" ", "-").replace(",", "")
     if not (out / "config.json").is_file():
         calibrate(model, out / "stats", recipe=recipe, data=data)
         plan(out / "stats", out / "plan.yaml", recipe=recipe, ask=ask)
@@ -78,7 +78,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     source = make(args.model, args.start, args.data, args.work, args.samples)
     lesson = lesson_of(args.start, args.seed, args.set, args.steps)
     said = "-".join([source.name, *args.set, str(lesson.schedule.steps), str(args.seed)])
-    out = args.work / "healed" / said.replace(",", "+")
+    out = args.work / Path(args.model).name / "healed" / said.replace(",", "+")
     start = time.perf_counter()
     done = heal(source, args.model, out, lesson=lesson, data=args.data)
     seconds = time.perf_counter() - start
@@ -160,21 +160,22 @@ def tables(files: Sequence[Path]) -> str:
     """The README's text."""
     rows = [json.loads(line) for f in files for line in f.read_text().splitlines()]
     lines = [
-        "| model | compressed by | loss that it cost, nats | left after healing (3 seeds) | won back | "
+        "| model | compressed by | loss that it cost, nats | left after healing | won back | "
         "seconds, seed by seed | KL held out of train |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]
     for model in sorted({r["model"] for r in rows}):
         for start in STARTS:
-            of = [r for r in rows if (r["model"], r["start"]) == (model, start) and "won" in r]
+            of = [r for r in rows if (r["model"], r["start"], r["set"]) == (model, start, [])]
             if not of:
                 continue
             left, won = [r["healed"][0] for r in of], [100 * r["won"] for r in of]
-            kl = [f"{a:.3f} -> {b:.3f}" for a, b in (of[0]["held_out_kl"],)]
+            kl = np.mean([r["held_out_kl"] for r in of], axis=0)
             lines.append(
                 f"| {model} | {start} | {of[0]['cost'][0]:.4f} +- {of[0]['cost'][1]:.4f} | "
-                f"{np.mean(left):.4f} +- {np.std(left):.4f} | {np.mean(won):.1f} +- {np.std(won):.1f} % | "
-                f"{', '.join(str(r['seconds']) for r in of)} | {kl[0]} |"
+                f"{np.mean(left):.4f} +- {np.std(left, ddof=1):.4f} | "
+                f"{np.mean(won):.1f} +- {np.std(won, ddof=1):.1f} % | "
+                f"{', '.join(str(r['seconds']) for r in of)} | {kl[0]:.3f} -> {kl[1]:.3f} |"
             )
     where = {f"{r['device']}, {r['at_once']} runs at once" for r in rows}
     return (

@@ -242,7 +242,7 @@ def main() -> None:
     parser.add_argument("--text", nargs="+", default=[])
     parser.add_argument("-o", "--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--keeps", type=float, nargs="+", default=[0.9, 0.8, 0.7])
+    parser.add_argument("--keeps", type=float, nargs="+", default=[0.9, 0.8])
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)

@@ -46,7 +46,8 @@ from moecule.recipe import load_recipe
 from moecule.session import load, stream, tokenizer_of
 from moecule.train.fit import Fitting, learning, renew_routers
 from moecule.train.loop import Schedule, train
-from moecule.train.student import Student, changes, mark, open_student, write_changed
+from moecule.train.moved import changes, write_changed
+from moecule.train.student import Student, mark, open_student
 
 HERE = Path(__file__).parent
 HALVES = (("multilingual", "prose", "techdoc"), ("c", "maths", "python"))
@@ -238,8 +239,10 @@ def measure(model: str, args: argparse.Namespace) -> None:
     for seed in args.seeds:
         there = args.out.read_text().splitlines() if args.out.is_file() else []
         name = Path(model).name
-        done = {(r["model"], r["seed"], r["run"]) for r in map(json.loads, there)}
-        folder = args.scratch / f"{name}-{seed}"
+        rows = map(json.loads, there)
+        done = {(r["model"], r["seed"], r["run"]) for r in rows if r["steps"] == args.steps}
+        how = (args.steps, args.source_steps, args.batch, args.length)
+        folder = args.scratch / "-".join(map(str, (name, seed, *how)))
         folder.mkdir(parents=True, exist_ok=True)
         bench = Bench(model, seed, args, folder)
         kinds = {"aoe": aoe(bench), "fewer": fewer(bench)}

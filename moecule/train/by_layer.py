@@ -10,6 +10,7 @@ model is in memory at a time.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from moecule.files import parse_json, save_whole, write_text
 from moecule.hf import PACKED, Streamed
 from moecule.journal import Trail
 from moecule.train.loop import Schedule, Trained, train
+from moecule.train.moved import stored_as
 from moecule.train.student import Student, mark, relative_rates
 from moecule.train.thaw import freeze, thaw
 from moecule.walk import Step, Tick, walk
@@ -47,16 +49,18 @@ def heal_layers(
     `student` and `streamed` are one model. What a killed run has done is not done again.
     """
     done: dict[int, Trained] = {}
-    theirs = walk(teacher, batches, trail=trails[1])
-    target = next(theirs)
+    theirs, target = walk(teacher, batches, trail=trails[1]), None
     for step in walk(streamed, batches, tick, trails[0]):
-        while target.index < step.index:
+        while target is None or target.index < step.index:
             target = next(theirs)
         target.run()
         done[step.index] = _layer(student, streamed, step, target, held, parts, schedule, folder)
     for _ in theirs:  # to the end, so that it lets go of what it holds
         pass
-    return {i: _told(folder, i) for i in range(len(streamed.layers))} | done
+    told = {i: _told(folder, i) for i in range(len(streamed.layers))} | done
+    if not any(of.steps for of in told.values()):
+        mark(student, parts)  # says which parts there are
+    return told
 
 
 def _layer(
@@ -72,7 +76,7 @@ def _layer(
     layer, i = step.layer, step.index
     if student.packed:
         thaw(layer)
-    mark(student, parts)
+    mark(student, parts, strict=False)
 
     def error(b: int) -> Float[Tensor, ""]:
         made, _ = step.calls[b][i](layer, *step.inputs.both(b))
@@ -93,11 +97,16 @@ def _layer(
     own = replace(schedule, batch=1, micro=0)
     inside = folder / f"steps-{i:04d}"
     rates = relative_rates(layer)
-    trained = train(layer, loss, numbers, own, check=check, folder=inside, rates=rates)
+    prefix = f"{streamed.prefix}{i}."
+    trained = Trained(None)  # of a layer that has none of the parts, such as a dense one
+    if any(p.requires_grad for p in layer.parameters()):
+        trained = train(
+            layer, loss, numbers, own, check=check, folder=inside, rates=rates,
+            stored=stored_as(student, prefix),
+        )  # fmt: skip
     layer.requires_grad_(False)
     if student.packed:
         freeze(layer)
-    prefix = f"{streamed.prefix}{i}."
     state = {prefix + n: t for n, t in layer.state_dict().items()}
     packed = streamed.checkpoint.config["model_type"] == PACKED
     moved = state if packed else streamed.to_disk(state)
@@ -105,6 +114,7 @@ def _layer(
     kept = {n: t.to(known[n].dtype).cpu().contiguous() for n, t in moved.items() if n in known}
     write_text(_file(folder, i).with_suffix(".json"), json.dumps(asdict(trained)) + "\n")
     save_whole(kept, _file(folder, i))
+    shutil.rmtree(inside, ignore_errors=True)
     return trained
 
 

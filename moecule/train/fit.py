@@ -48,7 +48,8 @@ from moecule.train.lesson import (
 )
 from moecule.train.loop import Loss, Schedule, Trained, train
 from moecule.train.losses import next_token
-from moecule.train.student import Student, changes, open_student, save_memory
+from moecule.train.moved import changes, stored_as
+from moecule.train.student import Student, check_plain, open_student, save_memory
 from moecule.verbs import AUTO, MADE, put_in_place
 from moecule.writer import check_out
 
@@ -100,6 +101,8 @@ def fit(
 ) -> Fitted:
     """Train a stock checkpoint on text; one of the same kind in `out`, no worse on what is held out.
 
+    With new routers: no worse than the model is with those.
+
     Does nothing where `out` holds just that; goes on where a killed run of the same stopped.
     Raises CheckpointError for a packed model, DataError for text of which nothing is left to hold out,
     RecipeError for parts that do not move or too little memory, OutputError where `out` holds other
@@ -111,6 +114,7 @@ def fit(
         raise CheckpointError(
             f"{checkpoint.path} is packed; train the model it was made of, or moecule heal it"
         )
+    check_plain(checkpoint)
     windows, held = lesson_windows(checkpoint, data, lesson, ranks.size)
     request = {
         "verb": "train",
@@ -213,6 +217,7 @@ def _train(
             windows,
             schedule,
             check=check,
+            stored=stored_as(student),
             folder=folder,
             ranks=ranks,
             tick=tick,

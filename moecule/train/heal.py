@@ -26,6 +26,7 @@ from moecule.files import writing
 from moecule.folder import HEALED
 from moecule.hf import PACKED
 from moecule.journal import Journal, journal_of, placed, sweep
+from moecule.ranks import SOLO
 from moecule.session import (
     Compute,
     Progress,
@@ -42,10 +43,10 @@ from moecule.train.by_layer import heal_layers
 from moecule.train.lesson import Lesson, check_teacher, history, lesson_windows, noted, write_taught
 from moecule.train.loop import Loss, Trained, train
 from moecule.train.losses import distil, distil_top_k
+from moecule.train.moved import Shelf, changes, stored_as
 from moecule.train.student import (
-    Shelf,
     Student,
-    changes,
+    check_plain,
     open_student,
     open_teacher,
     relative_rates,
@@ -115,6 +116,7 @@ def teach(
 ) -> Healed:
     """`heal` on windows that are given; those `held` out say which state is best."""
     ranks = compute.ranks
+    check_plain(checkpoint)
     packed = checkpoint.config["model_type"] == PACKED
     parts = lesson.parts or (("scales", "router", "norms") if packed else ("all",))
     request = {
@@ -193,6 +195,7 @@ def _whole(
         folder=journal.folder / "steps",
         ranks=ranks,
         rates=relative_rates(student.model),
+        stored=stored_as(student),
         tick=tick,
     )
     return {"all": trained}, changes(student)
@@ -209,11 +212,19 @@ def _teacher(
 ) -> tuple[Any, Said | None]:
     """(the teacher loaded, None), or (None, what it has said)."""
     streamed = stream_any(teacher, compute)
+    known = int(streamed.model.config.get_text_config().vocab_size)
+    if lesson.top_k > known:
+        raise RecipeError(
+            f"top_k = {lesson.top_k}, and the teacher knows {known} tokens; give fewer"
+        )
     teaching = lesson.teaching
-    if teaching == "auto":
+    if teaching == "auto":  # a run that goes on is taught as it began
+        noted = [e["teaching"] for e in journal.entries if "teaching" in e]
         # beside it there is the student, and what its training takes
         room = _fits_beside(memory_bytes(streamed), compute)
-        teaching = compute.ranks.share("beside" if room else "said", 0)
+        teaching = noted[0] if noted else compute.ranks.share("beside" if room else "said", 0)
+        if not noted:
+            journal.add({"teaching": teaching})
     if teaching == "beside":
         del streamed
         return open_teacher(teacher, compute), None
@@ -224,7 +235,9 @@ def _teacher(
             trail_of(streamed, every.numel(), alone, 3, journal.folder), journal, "said_"
         )
         tick = ticker(progress, "teacher", len(streamed.layers), every.numel())
+        all_ranks, journal.ranks = journal.ranks, SOLO  # the others wait below, not for its notes
         say(streamed, every, folder, lesson.top_k, TOGETHER, tick, trail)
+        journal.ranks = all_ranks
     compute.ranks.wait()
     return None, Said(folder, TOGETHER)
 
@@ -270,7 +283,8 @@ def _by_layer(
     compute = replace(compute, dtype="float32")
     streamed, theirs = stream_any(checkpoint.path, compute), stream_any(teacher, compute)
     packed = checkpoint.config["model_type"] == PACKED
-    student = Student(streamed.model, checkpoint, streamed.family, compute, packed)
+    disk, dtypes = streamed.disk, streamed.dtypes
+    student = Student(streamed.model, checkpoint, streamed.family, compute, packed, disk, dtypes)
     each = lesson.schedule.micro or lesson.schedule.batch
     seen, unseen = windows.split(each), held.split(each)
     batches, tokens = [*seen, *unseen], windows.numel() + held.numel()

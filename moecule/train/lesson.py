@@ -14,14 +14,15 @@ from torch import Tensor
 
 from moecule.checkpoint import Checkpoint
 from moecule.data import Sampling, check_tokens, read_texts, split_windows, window_length
-from moecule.errors import CheckpointError, DataError, RecipeError
+from moecule.errors import CheckpointError, DataError, OutputError, RecipeError
 from moecule.evidence import FILE as EVIDENCE
 from moecule.files import parse_json, write_text
 from moecule.folder import HEALED
 from moecule.hf import skeleton
 from moecule.session import ASSETS, open_checkpoint, tokenizer_of
 from moecule.train.loop import Schedule, Trained
-from moecule.train.student import check_parts, write_changed
+from moecule.train.moved import write_changed
+from moecule.train.student import check_parts
 
 HELD_OUT = 32  # windows that say which state is best
 FILE = "healing.json"
@@ -50,6 +51,10 @@ class Lesson:
             check_parts(self.parts)
         if self.top_k < 1:
             raise RecipeError(f"top_k = {self.top_k}, wanted 1 token or more")
+        if self.by_layer and self.teaching == "said":
+            raise RecipeError(
+                "layers learn the teacher's outputs, not its tokens; leave out --top-k"
+            )
         if self.by_layer and {"lora"} & {*self.parts}:
             raise RecipeError("layers are healed without lora; name other parts (--parts)")
 
@@ -65,6 +70,22 @@ def check_teacher(checkpoint: Checkpoint, teacher: str | Path) -> None:
             f"the teacher {teacher} knows {sizes[1]} tokens and {checkpoint.name} {sizes[0]}; give the "
             "model that it was made of"
         )
+    if not has_tokenizer(open_checkpoint(teacher).path):
+        return
+    own, theirs = (
+        tokenizer_of(p).get_vocab() for p in (checkpoint.path, open_checkpoint(teacher).path)
+    )
+    differing = [token for token, at in own.items() if theirs.get(token) != at]
+    if differing:
+        raise CheckpointError(
+            f"the teacher {teacher} has another vocabulary: {differing[0]!r} ({len(differing)} such) is "
+            "another token there; give the model that it was made of"
+        )
+
+
+def has_tokenizer(path: Path) -> bool:
+    """Whether a tokenizer's files lie there; a teacher needs none."""
+    return (path / "tokenizer_config.json").is_file() or (path / "tokenizer.json").is_file()
 
 
 def lesson_windows(
@@ -96,9 +117,13 @@ def noted(out: Path, which: str = HEALED) -> Any:
 
 
 def history(out: Path) -> dict[str, Trained]:
-    """What came of the lesson that made the checkpoint in `out`, by its parts."""
-    said = parse_json((out / FILE).read_text(encoding="utf-8"))
-    return {name: Trained.from_dict(of) for name, of in said.items()}
+    """What came of the lesson that made the checkpoint in `out`, by its parts. Raises OutputError."""
+    file = out / FILE
+    try:
+        said = parse_json(file.read_text(encoding="utf-8"))
+        return {name: Trained.from_dict(of) for name, of in said.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise OutputError(f"{file} is damaged ({e!r}); remove {out} and train again") from e
 
 
 def write_taught(

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -30,6 +30,7 @@ from moecule.ranks import SOLO, Ranks
 Loss = Callable[[Any, Int[Tensor, "B S"]], Float[Tensor, ""]]  # (model, windows) -> nats a token
 Check = Callable[[], float]  # a held-out figure; lower is better
 State = dict[str, Tensor]
+Precision = Literal["float32", "bfloat16"]
 FILE = "trained.json"
 BETAS = (0.9, 0.95)
 WORSE = (2.0, 1.0)  # a figure beyond twice the first one and a nat more: it diverges
@@ -50,7 +51,7 @@ class Schedule:
     clip: float = 1.0  # norm of the gradient, at most
     every: int = 50  # steps from one held-out figure to the next
     seed: int = 0
-    precision: Literal["float32", "bfloat16"] = "float32"  # of products, by autocast
+    precision: Precision = "float32"  # of products, by autocast
 
     def __post_init__(self) -> None:
         """Raises RecipeError for what cannot be."""
@@ -62,6 +63,14 @@ class Schedule:
         for name in ("lr", "clip"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise RecipeError(f"{name} = {getattr(self, name):g}, wanted more than 0")
+        if not (self.decay >= 0 and math.isfinite(self.decay)):
+            raise RecipeError(f"decay = {self.decay:g}, wanted 0 or more")
+        if not 0 <= self.seed < 10**9:
+            raise RecipeError(f"seed = {self.seed}, wanted 0 to 999999999")
+        if self.precision not in get_args(Precision):
+            raise RecipeError(
+                f"precision = {self.precision!r}, wanted {' or '.join(get_args(Precision))}"
+            )
         for name in ("warmup", "end"):
             if not 0 <= getattr(self, name) <= 1:
                 raise RecipeError(f"{name} = {getattr(self, name):g}, wanted a share from 0 to 1")
@@ -112,6 +121,7 @@ class _Run:
     done: Trained
     ranks: Ranks
     recent: float | None = None  # mean of the last losses
+    stored: Mapping[str, torch.dtype] = field(default_factory=dict)
 
 
 def train(
@@ -124,12 +134,14 @@ def train(
     folder: Path | None = None,
     ranks: Ranks = SOLO,
     rates: Mapping[str, float] | None = None,
+    stored: Mapping[str, torch.dtype] | None = None,
     tick: Callable[[], None] = lambda: None,
     after: Callable[[int], None] = lambda step: None,
 ) -> Trained:
     """Train, in place, what of the model wants a gradient.
 
     `rates`: of some parameters by name, what share of the schedule's rate is theirs.
+    `stored`: of some, the dtype that they will be kept in: what is checked, and stays, is rounded to it.
     `folder`: a killed run goes on from what it left there; the caller removes it. `tick` is called once
     a step, `after` with the number of each step made. Without `check` the last state is kept, or the
     last one noted where the loss diverges.
@@ -138,12 +150,9 @@ def train(
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not named:
         raise RecipeError("nothing of the model is to be trained; name other parts (--parts)")
-    if schedule.batch % ranks.size:
-        raise RecipeError(
-            f"{ranks.size} processes cannot share {schedule.batch} windows a step; give --batch a "
-            f"multiple of {ranks.size}"
-        )
+    check_batch(schedule, ranks.size)
     run = _begin(named, schedule, check, folder, ranks, rates or {})
+    run.stored = stored or {}
     for _ in range(run.done.steps):
         tick()
     for step in range(run.done.steps, schedule.steps):
@@ -165,6 +174,14 @@ def train(
     if check is not None or run.done.stopped is not None:
         _put(named, run.best)
     return run.done
+
+
+def check_batch(schedule: Schedule, size: int) -> None:
+    """Raise RecipeError where so many processes cannot share a step's windows."""
+    if schedule.batch % size:
+        raise RecipeError(
+            f"{size} processes cannot share {schedule.batch} windows a step; give --batch a multiple"
+        )
 
 
 def _diverges(value: float, began: float | None) -> bool:
@@ -266,15 +283,19 @@ def _put(named: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]) -> None
 def _note(run: _Run, step: int, value: float, check: Check | None) -> None:
     """The held-out figure; the best is kept."""
     done, found = run.done, None
+    now = _copied(run.named)
+    kept = {n: t.to(run.stored.get(n, t.dtype)).to(t.dtype) for n, t in now.items()}
     if check is not None and done.stopped is None:
+        _put(run.named, kept)
         found = check()
+        _put(run.named, now)
         assert done.began is not None and done.best is not None  # asked for when it began
         if not math.isfinite(found) or _diverges(found, done.began):
             done.stopped = f"the held-out loss diverged at step {step} ({found:.4g})"
         elif found < done.best:
-            done.best, done.best_step, run.best = found, step, _copied(run.named)
+            done.best, done.best_step, run.best = found, step, kept
     elif done.stopped is None:
-        done.best_step, run.best = step, _copied(run.named)
+        done.best_step, run.best = step, kept
     done.history.append((step, value, found))
 
 
@@ -287,8 +308,7 @@ def _save(run: _Run, folder: Path) -> None:
     state |= {f"best.{n}": t for n, t in run.best.items()}
     for name, parameter in run.named.items():
         for which, moment in run.optimiser.state[parameter].items():
-            if which != "step":
-                state[f"{which}.{name}"] = local(moment).cpu().clone()
+            state[f"{which}.{name}"] = local(moment).cpu().clone()
     save_whole(state, folder / f"step-{step}-of-{run.ranks.size}-{rank}.safetensors")
     run.ranks.wait()
     if run.ranks.is_first:
@@ -326,7 +346,10 @@ def _reopen(
             moments = {w: torch.zeros_like(parameter) for w in ("exp_avg", "exp_avg_sq")}
             for which, moment in moments.items():
                 local(moment).copy_(state[f"{which}.{name}"])
-            optimiser.state[parameter] = {"step": torch.tensor(float(done.steps)), **moments}
+            made = state[f"step.{name}"].to(
+                local(parameter).device
+            )  # where the fused kernel wants it
+            optimiser.state[parameter] = {"step": made, **moments}
     except OutputError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as e:

@@ -27,6 +27,7 @@ from moecule.budget import format_size
 from moecule.chat import is_chat
 from moecule.checkpoint import Checkpoint
 from moecule.data import Sampling, check_tokens, read_texts, split_windows, window_length
+from moecule.decode import QUANTISED
 from moecule.errors import CheckpointError, DataError, RecipeError
 from moecule.family import load_family
 from moecule.files import parse_json, write_text
@@ -136,6 +137,12 @@ def _opened(folder: Path) -> tuple[Checkpoint, Masks]:
     if not isinstance(masks, Masks):
         raise CheckpointError(
             f"{folder} was made by a plan without learnt masks; compress with recipe mc_sharp"
+        )
+    noted = checkpoint.config[QUANTISED]["skip"]
+    if noted != json.loads(json.dumps(masks.settings())):
+        raise CheckpointError(
+            f"{folder / 'plan.yaml'} says {masks.settings()} of masks, and the checkpoint has {noted}; "
+            "apply the plan anew"
         )
     return checkpoint, masks
 

@@ -38,7 +38,7 @@ from moecule.budget import format_size
 from moecule.checkpoint import Checkpoint
 from moecule.errors import DataError, OutputError, RecipeError
 from moecule.files import parse_json, write_text
-from moecule.hf import skeleton
+from moecule.hf import PACKED, skeleton
 from moecule.journal import journal_of, only_one, placed, sweep
 from moecule.session import (
     Compute,
@@ -53,10 +53,10 @@ from moecule.states import free_host_bytes
 from moecule.train.cut import cut, slim_keys, width_of
 from moecule.train.heal import teach
 from moecule.train.lesson import Lesson, check_teacher, history, lesson_windows, noted
-from moecule.train.loop import Trained
+from moecule.train.loop import Trained, check_batch
 from moecule.train.sensitivity import Felt, feel
 from moecule.train.stages import Slimming, Stage, stages_of
-from moecule.train.student import open_teacher
+from moecule.train.student import check_plain, check_shared, open_teacher
 from moecule.verbs import AUTO, MADE, put_in_place
 from moecule.writer import check_out, move_into
 
@@ -96,7 +96,7 @@ def slim(
     """
     teacher = model if teacher is None else teacher
     checkpoint = open_checkpoint(model)
-    check_slimming(checkpoint, slimming, lesson)
+    check_slimming(checkpoint, slimming, lesson, compute.ranks.size)
     check_teacher(checkpoint, teacher)
     windows, held = lesson_windows(checkpoint, data, lesson, compute.ranks.size)
     return in_stages(
@@ -105,9 +105,15 @@ def slim(
     )  # fmt: skip
 
 
-def check_slimming(checkpoint: Checkpoint, slimming: Slimming, lesson: Lesson) -> tuple[Stage, ...]:
-    """The stages. Raises RecipeError where one cannot be, or nothing would go."""
-    net, _ = skeleton(checkpoint, torch.float32)
+def check_slimming(
+    checkpoint: Checkpoint, slimming: Slimming, lesson: Lesson, size: int
+) -> tuple[Stage, ...]:
+    """The stages. Raises RecipeError where one cannot be, nothing would go, or `size` processes cannot."""
+    net, family = skeleton(checkpoint, torch.float32)
+    packed = checkpoint.config["model_type"] == PACKED
+    check_plain(checkpoint)
+    check_shared(checkpoint, net, family, size, lesson.experts_over, packed=packed)
+    check_batch(lesson.schedule, size)
     stages = stages_of(slimming, width_of(net), lesson.schedule.steps)
     keys = [slim_keys(net, stage.width, stage.groups) for stage in stages]
     if not keys[-1]:
@@ -128,7 +134,8 @@ def in_stages(
     progress: Progress = silent,
 ) -> Slimmed:
     """`slim` on windows that are given; those `held` out say which state of each stage is best."""
-    stages, ranks = check_slimming(checkpoint, slimming, lesson), compute.ranks
+    ranks = compute.ranks
+    stages = check_slimming(checkpoint, slimming, lesson, ranks.size)
     request = {
         "processes": ranks.size,
         "digests": [checkpoint.digest, open_checkpoint(teacher).digest],
@@ -136,18 +143,26 @@ def in_stages(
         **json.loads(json.dumps({"slimming": asdict(slimming), "lesson": asdict(lesson)})),
     }
     job = _Job(checkpoint, teacher, out, stages, request, slimming, lesson, compute, progress)
+    shares = _shares(windows, stages)
     done = ranks.share(noted(out, SLIM) if ranks.is_first else None, 0)
     if done is None:
         with only_one(out, ranks):
-            _run(job, _shares(windows, stages), held)
-    elif done != job.note(len(stages) - 1):
+            _run(job, shares, held)
+    elif done != job.note(len(stages) - 1) or not _taught_on(out, shares[-1]):
         raise OutputError(
             f"{out} holds what another request made; name another folder or remove it"
         )
     elif ranks.is_first:
         (out / MOVING).unlink(missing_ok=True)  # a kill at the very end left it
     folders = [*(job.stage(s) for s in range(len(stages) - 1)), out]
-    return Slimmed(out, stages, tuple(history(f) for f in folders))
+    # stages may be thrown away once the last is there
+    return Slimmed(out, stages, tuple(history(f) if f.is_dir() else {} for f in folders))
+
+
+def _taught_on(out: Path, share: Int[Tensor, "N S"]) -> bool:
+    """Whether the checkpoint in `out` learnt on these windows last, and not again afterwards."""
+    last = noted(out)
+    return last is not None and last["verb"] == "heal" and last["tokens"][0] == digest([share])
 
 
 @dataclass(frozen=True)
@@ -193,7 +208,7 @@ def _run(job: _Job, shares: list[Int[Tensor, "_N S"]], held: Int[Tensor, "M S"])
     """All stages that are not done, and the last one's checkpoint put in place."""
     out, ranks, last = job.out, job.compute.ranks, len(job.stages) - 1
     names = [f.name for s in range(last + 1) for f in (job.stage(s), job.cut(s))]
-    moving = ranks.share(_moving(out) if ranks.is_first else [], 0)
+    moving = ranks.share(_moving(job, last) if ranks.is_first else [], 0)
     if ranks.is_first:
         check_out(out, {*names, *moving})
     for s, share in enumerate(shares if not moving else ()):
@@ -217,7 +232,7 @@ def _run(job: _Job, shares: list[Int[Tensor, "_N S"]], held: Int[Tensor, "M S"])
         if ranks.is_first:
             shutil.rmtree(job.cut(s), ignore_errors=True)
     if ranks.is_first:
-        _move_up(job.stage(last), out, moving)
+        _move_up(job, last, moving)
     ranks.wait()
 
 
@@ -225,16 +240,25 @@ def _named(progress: Progress, stage: str) -> Progress:
     return lambda what, done, of, tokens: progress(f"{stage}: {what}", done, of, tokens)
 
 
-def _moving(out: Path) -> list[str]:
-    """Names of what a killed run was putting in place."""
-    file = out / MOVING
-    return list(parse_json(file.read_text(encoding="utf-8"))) if file.is_file() else []
+def _moving(job: _Job, last: int) -> list[str]:
+    """Names of what a killed run was putting in place. Raises OutputError for another request's."""
+    file = job.out / MOVING
+    if not file.is_file():
+        return []
+    said = parse_json(file.read_text(encoding="utf-8"))
+    if said["note"] != job.note(last):
+        raise OutputError(
+            f"{job.out} holds what another request was putting in place; run that again, or name another"
+        )
+    return list(said["names"])
 
 
-def _move_up(made: Path, out: Path, moving: list[str]) -> None:
+def _move_up(job: _Job, last: int, moving: list[str]) -> None:
     """The last stage is what was asked for. May be called again after a kill."""
+    made, out = job.stage(last), job.out
     if not moving:
-        write_text(out / MOVING, json.dumps(sorted(f.name for f in made.iterdir())) + "\n")
+        names = sorted(f.name for f in made.iterdir())
+        write_text(out / MOVING, json.dumps({"note": job.note(last), "names": names}) + "\n")
     if made.is_dir():
         move_into(made, out)
         made.rmdir()
@@ -248,7 +272,10 @@ def _cut(job: _Job, s: int, source: Path, windows: Int[Tensor, "N S"]) -> None:
         if open_checkpoint(folder).config.get("moecule", {}).get(SLIM) == job.note(s):
             sweep(folder, ranks, whole=True)
             return
-        raise OutputError(f"{folder} is of another request; remove it, or name another folder")
+        ranks.wait()  # all have seen that it is another request's, which is thrown away
+        if ranks.is_first and SLIM in open_checkpoint(folder).config.get("moecule", {}):
+            shutil.rmtree(folder)
+    ranks.wait()
     if ranks.is_first:
         check_out(folder, placed(folder))
     with journal_of(folder, job.note(s), ranks) as journal:

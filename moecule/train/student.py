@@ -15,8 +15,7 @@ Several processes share the windows. A stock model is sharded by transformers' o
 from __future__ import annotations
 
 import importlib.util
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,6 @@ import torch
 import transformers
 from jaxtyping import Float
 from packaging.version import Version
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
@@ -37,10 +35,8 @@ from moecule.budget import format_size
 from moecule.checkpoint import Checkpoint
 from moecule.errors import CheckpointError, RecipeError
 from moecule.family import Family
-from moecule.files import save_whole, writing
 from moecule.hf import (
     PACKED,
-    Streamed,
     auto_class,
     choose_experts,
     quiet,
@@ -52,7 +48,7 @@ from moecule.names import names_in_memory
 from moecule.session import Compute, load, open_checkpoint
 from moecule.states import free_host_bytes
 from moecule.train.loop import whole
-from moecule.train.thaw import PLAIN, frozen, thaw, thawed_names
+from moecule.train.thaw import PLAIN, thaw, thawed_names
 
 Part = Literal["scales", "router", "norms", "lora", "experts", "all"]
 PARTS: tuple[str, ...] = get_args(Part)
@@ -70,6 +66,9 @@ class Student:
     family: Family
     compute: Compute
     packed: bool
+    # {name in memory: names on disk that make it}, and the dtype that it has there
+    disk: Mapping[str, list[str]]
+    dtypes: Mapping[str, torch.dtype]
     adapted: list[nn.Module] = field(default_factory=list)  # with an update of low rank
 
     @property
@@ -81,8 +80,10 @@ class Student:
 class LowRank(nn.Module):
     """W + B A, of rank RANK, beginning at W (Hu et al. 2021, arXiv:2106.09685; alpha = rank)."""
 
-    def __init__(self, weight: Float[Tensor, "M N"]) -> None:
+    def __init__(self, weight: Float[Tensor, "M N"], stored: torch.dtype) -> None:
+        """`stored`: the sum is rounded to it, as it will be; gradients pass the rounding by."""
         super().__init__()
+        self.stored = stored
         rows, columns = weight.shape
         lot = torch.Generator().manual_seed(rows * columns)
         a = torch.randn(RANK, columns, generator=lot) / columns**0.5
@@ -91,7 +92,17 @@ class LowRank(nn.Module):
 
     def forward(self, weight: Float[Tensor, "M N"]) -> Float[Tensor, "M N"]:
         """The matrix with its update."""
-        return weight + self.b @ self.a
+        made = weight + self.b @ self.a
+        return made + (made.to(self.stored).to(made.dtype) - made).detach()
+
+
+def check_plain(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for a source whose weights are codes of another kind, such as FP8."""
+    if checkpoint.is_coded:
+        raise CheckpointError(
+            f"{checkpoint.name} is stored in codes that are not moecule's, and what training makes of it "
+            "cannot be written back; give a model of 16 or 32 bits"
+        )
 
 
 def check_parts(parts: Sequence[str]) -> None:
@@ -117,6 +128,7 @@ def open_student(
     """
     check_parts(parts)
     checkpoint, ranks = open_checkpoint(model), compute.ranks
+    check_plain(checkpoint)
     packed = checkpoint.config["model_type"] == PACKED
     compute = replace(compute, dtype="float32")
     net, family = skeleton(checkpoint, torch.float32)
@@ -129,7 +141,9 @@ def open_student(
         thaw(found)
     else:
         _run_plain(found)
-    student = Student(found, checkpoint, family, compute, packed)
+    disk = {n: [n] for n in checkpoint.tensors} if packed else names_in_memory(net, checkpoint)
+    dtypes = {n: checkpoint.tensors[of[0]].dtype for n, of in disk.items()}
+    student = Student(found, checkpoint, family, compute, packed, disk, dtypes)
     mark(student, parts)
     _check_memory(student, beside)
     if packed and ranks.size > 1:
@@ -220,8 +234,11 @@ def _sharded(checkpoint: Checkpoint, size: int, experts_over: int) -> Any:
         ) from e
 
 
-def mark(student: Student, parts: Sequence[str]) -> None:
-    """Let `parts` alone want a gradient. Raises RecipeError for a part that the model has none of."""
+def mark(student: Student, parts: Sequence[str], *, strict: bool = True) -> None:
+    """Let `parts` alone want a gradient.
+
+    Raises RecipeError for a part that the model has none of, where that is `strict`.
+    """
     model = student.model
     model.requires_grad_(False)
     thawed, inside = thawed_names(model), _expert_names(model)
@@ -240,9 +257,9 @@ def mark(student: Student, parts: Sequence[str]) -> None:
                 raise RecipeError(
                     "lora is trained by one process; start one, or name other --parts"
                 )
-            student.adapted += _adapt(model, routers)
+            student.adapted += _adapt(model, routers, student.dtypes)
         found = bool(student.adapted) if part == "lora" else bool(of[part])
-        if not found:
+        if not found and strict:
             able = ", ".join(p for p, names in of.items() if names)
             raise RecipeError(
                 f"{student.checkpoint.name} has no {part} that could move; --parts may name {able}"
@@ -276,7 +293,7 @@ def _router_names(student: Student) -> set[str]:
     return out
 
 
-def _adapt(model: Any, routers: set[str]) -> list[nn.Module]:
+def _adapt(model: Any, routers: set[str], dtypes: Mapping[str, torch.dtype]) -> list[nn.Module]:
     """Give every plain Linear of the decoder layers, but routers and experts, an update of low rank."""
     prefix, layers = find_layers(model)
     experts = tuple(f"{name}." for name, _ in experts_in(model))
@@ -284,7 +301,9 @@ def _adapt(model: Any, routers: set[str]) -> list[nn.Module]:
     for name, module in [(f"{prefix}.{n}", m) for n, m in layers.named_modules()]:
         plain = isinstance(module, nn.Linear) and "weight" in module._parameters
         if plain and f"{name}.weight" not in routers and not name.startswith(experts):
-            parametrize.register_parametrization(module, "weight", LowRank(module.weight))
+            parametrize.register_parametrization(
+                module, "weight", LowRank(module.weight, dtypes[f"{name}.weight"])
+            )
             module.parametrizations["weight"].original.requires_grad_(False)
             made.append(module)
     return made
@@ -302,78 +321,3 @@ def _check_memory(student: Student, beside: int) -> None:
             f"weights, and {device} has {format_size(free)}; norms alone take {format_size(few)}: "
             "give other --parts, --by-layer, or more processes"
         )
-
-
-def changes(student: Student) -> dict[str, Tensor]:
-    """What may have moved, by its names on disk and as stored there; of all processes, for the first.
-
-    All processes must call it.
-    """
-    for module in student.adapted:
-        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
-    student.adapted = []
-    thawed = thawed_names(student.model)
-    moved: dict[str, Tensor] = {}
-    for name, parameter in student.model.named_parameters(remove_duplicate=False):
-        tensor = whole(parameter.detach()).cpu()
-        moved[name] = frozen(tensor) if name in thawed else tensor
-    if not student.compute.ranks.is_first:
-        return {}
-    return _to_disk(student, moved)
-
-
-def _to_disk(student: Student, moved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    checkpoint, known = student.checkpoint, student.checkpoint.tensors
-    if student.packed:
-        return {n: t.to(known[n].dtype) for n, t in moved.items() if n in known}
-    net, family = skeleton(checkpoint, torch.float32)
-    disk = names_in_memory(net, checkpoint)
-    dtypes = {n: known[d[0]].dtype for n, d in disk.items()}
-    streamed = Streamed(checkpoint, family, net, torch.device("cpu"), disk, dtypes)
-    made = streamed.to_disk({n: t for n, t in moved.items() if n in disk})
-    return {n: t for n, t in made.items() if n in known}
-
-
-def write_changed(checkpoint: Checkpoint, moved: Mapping[str, Tensor], folder: Path) -> None:
-    """The checkpoint with other values for some tensors, into `folder`, file by file; config too.
-
-    Raises OutputError where there is no room.
-    """
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    for file in sorted(checkpoint.path.iterdir()):
-        if file.suffix == ".safetensors":
-            with safe_open(file, "pt") as f:
-                names = list(f.keys())
-                tensors = {n: moved[n] if n in moved else f.get_tensor(n) for n in names}
-            save_whole({n: t.contiguous() for n, t in tensors.items()}, folder / file.name)
-        elif file.is_file() and not file.name.startswith("."):
-            with writing(folder / file.name):
-                shutil.copyfile(file, folder / file.name)
-
-
-class Shelf(Mapping[str, Tensor]):
-    """Tensors of a folder's files, read when they are asked for."""
-
-    def __init__(self, files: Mapping[str, Path]) -> None:
-        self.files = files
-
-    @staticmethod
-    def of(folder: Path) -> Shelf:
-        """All of its safetensors files."""
-        files: dict[str, Path] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            with safe_open(file, "pt") as f:
-                files |= dict.fromkeys(f.keys(), file)
-        return Shelf(files)
-
-    def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self.files[name], "pt") as f:
-            found: Tensor = f.get_tensor(name)
-        return found
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
-
-    def __len__(self) -> int:
-        return len(self.files)
