@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -363,7 +364,41 @@ def test_what_healing_cannot_take(packed, checkpoint, text, tmp_path):
     (tmp_path / "one.txt").write_text(LINES * 100)
     with pytest.raises(DataError, match="give more of them"):
         heal(source, teacher, tmp_path / "out", data=tmp_path / "one.txt", **how)
+    others = tmp_path / "others"  # as many tokens, and two of them change places
+    shutil.copytree(teacher, others)
+    names = json.loads((others / "tokenizer.json").read_text())
+    vocab = names["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (others / "tokenizer.json").write_text(json.dumps(names))
+    with pytest.raises(CheckpointError, match=r"another vocabulary: .*\(2 such\)"):
+        heal(source, others, tmp_path / "out", data=text, **how)
+    many = replace(how["lesson"], teaching="said", top_k=10**6)
+    with pytest.raises(RecipeError, match="the teacher knows 300 tokens; give fewer"):
+        heal(source, teacher, tmp_path / "out", data=text, lesson=many, compute=COMPUTE)
+    with pytest.raises(RecipeError, match="leave out --top-k"):
+        Lesson(by_layer=True, teaching="said")
     assert not (tmp_path / "out").exists()
+
+
+def test_layers_that_are_all_healed_go_on_to_be_written(
+    packed, checkpoint, text, tmp_path, monkeypatch
+):
+    teacher, source = checkpoint("mixtral", tokenizer=True), packed("mixtral")
+    how = {
+        "lesson": Lesson(schedule=QUICK, by_layer=True, length=24),
+        "data": text,
+        "compute": COMPUTE,
+    }
+
+    def killed(*args: Any) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr("moecule.train.heal.write_taught", killed)
+        heal(source, teacher, tmp_path / "out", **how)
+    done = heal(source, teacher, tmp_path / "out", **how)
+    assert all(t.steps == QUICK.steps for t in done.trained.values())
+    tiny.load(tmp_path / "out")
 
 
 def run(out: Path, source: Path, teacher: Path, text: Path, processes: int, *more: str) -> Any:
@@ -399,7 +434,7 @@ def run(out: Path, source: Path, teacher: Path, text: Path, processes: int, *mor
 
 
 @pytest.mark.parametrize(
-    ("kind", "more"), [("packed", ()), ("stock", ("--experts-over", "2")),
+    ("kind", "more"), [("packed", ("--top-k", "16")), ("stock", ("--experts-over", "2")),
                        pytest.param("stock", (), marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_two_processes_train_what_one_trains(kind, more, packed, checkpoint, text, tmp_path):
@@ -411,7 +446,10 @@ def test_two_processes_train_what_one_trains(kind, more, packed, checkpoint, tex
         tiny.write(streamed, fates, source, tiny.tokens())
     one = heal(
         source, teacher, tmp_path / "1", data=text, compute=COMPUTE,
-        lesson=Lesson(schedule=Schedule(steps=5, batch=4, every=5), length=24),
+        lesson=Lesson(
+            schedule=Schedule(steps=5, batch=4, every=5), length=24, top_k=16,
+            teaching="said" if "--top-k" in more else "auto",
+        ),
     )  # fmt: skip
     ended = run(tmp_path / "2", source, teacher, text, 2, *more)
     assert ended.returncode == 0, ended.stderr
