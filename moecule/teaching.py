@@ -80,6 +80,10 @@ def heal(
     parts: Parts = None,
     steps: Steps = 400,
     batch: BatchSize = 16,
+    micro: Annotated[
+        int, typer.Option(help="Windows at a time, where a step's do not fit; 0: all.")
+    ] = 0,
+    checkpointing: Checkpointing = False,
     lr: Rate = None,
     every: Every = 50,
     seed: Seed = 0,
@@ -108,12 +112,21 @@ def heal(
     compute = compute_of(device, dtype, False)
     lesson = Lesson(
         parts_of(parts),
-        schedule_of(steps=steps, batch=batch, lr=lr, every=every, seed=seed, precision=precision),
+        schedule_of(
+            steps=steps,
+            batch=batch,
+            micro=micro,
+            lr=lr,
+            every=every,
+            seed=seed,
+            precision=precision,
+        ),
         teaching="auto" if top_k is None else "said",
         top_k=Lesson.top_k if top_k is None else top_k,
         by_layer=by_layer,
         experts_over=experts_over,
         length=length or 0,
+        checkpointing=checkpointing,
     )
     with bar() as progress:
         made = run(

@@ -43,8 +43,8 @@ OPTIONS = {
     "families": "json quiet",
     "generate": "compile device dtype exact expert-cache experts json match patterns quiet "
     "seed skip temperature tokens trust-remote-code",
-    "heal": "batch by-layer data device dtype every experts-over json length lr out parts precision "
-    "quiet seed steps teacher text top-k",
+    "heal": "batch by-layer checkpointing data device dtype every experts-over json length lr micro out "
+    "parts precision quiet seed steps teacher text top-k",
     "inspect": "bits cache-experts clamp context data device drop dtype engine fit gpus json "
     "length load out quiet recipe replicas samples set size states time",
     "learn": "data device json length quiet",
