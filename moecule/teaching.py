@@ -61,6 +61,16 @@ Checkpointing = Annotated[
 ]
 
 
+Micro = Annotated[int, typer.Option(help="Windows at a time, where a step's do not fit; 0: all.")]
+TopK = Annotated[
+    int | None,
+    typer.Option(help="Ask the teacher before, layer by layer: its likeliest tokens."),
+]
+ByLayer = Annotated[
+    bool, typer.Option("--by-layer", help="One decoder layer after the other: less memory.")
+]
+
+
 def parts_of(given: str | None) -> tuple[str, ...]:
     """The names between commas."""
     return tuple(name.strip() for name in (given or "").split(",") if name.strip())
@@ -80,22 +90,14 @@ def heal(
     parts: Parts = None,
     steps: Steps = 400,
     batch: BatchSize = 16,
-    micro: Annotated[
-        int, typer.Option(help="Windows at a time, where a step's do not fit; 0: all.")
-    ] = 0,
+    micro: Micro = 0,
     checkpointing: Checkpointing = False,
     lr: Rate = None,
     every: Every = 50,
     seed: Seed = 0,
     precision: Precision = "float32",
-    top_k: Annotated[
-        int | None,
-        typer.Option(help="Ask the teacher before, layer by layer: its likeliest tokens."),
-    ] = None,
-    by_layer: Annotated[
-        bool,
-        typer.Option("--by-layer", help="One decoder layer after the other: less memory."),
-    ] = False,
+    top_k: TopK = None,
+    by_layer: ByLayer = False,
     experts_over: ExpertsOver = 1,
     data: Data = None,
     text: Texts = None,
@@ -110,17 +112,12 @@ def heal(
     from moecule.train.lesson import Lesson
 
     compute = compute_of(device, dtype, False)
+    schedule = schedule_of(
+        steps=steps, batch=batch, micro=micro, lr=lr, every=every, seed=seed, precision=precision
+    )
     lesson = Lesson(
         parts_of(parts),
-        schedule_of(
-            steps=steps,
-            batch=batch,
-            micro=micro,
-            lr=lr,
-            every=every,
-            seed=seed,
-            precision=precision,
-        ),
+        schedule,
         teaching="auto" if top_k is None else "said",
         top_k=Lesson.top_k if top_k is None else top_k,
         by_layer=by_layer,
