@@ -23,7 +23,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -36,7 +35,7 @@ from moecule.files import write_text, writing
 from moecule.folder import HEALED, side_files
 from moecule.hf import Streamed, open_model, skeleton
 from moecule.journal import journal_of, placed, sweep
-from moecule.moe import Moe, by_expert, find_layers, find_moe, until
+from moecule.moe import Moe, by_expert, find_layers, find_moe, try_router
 from moecule.session import Compute, Progress, open_checkpoint, silent, stream, ticker
 from moecule.sources import (
     check_alike,
@@ -246,11 +245,7 @@ def _target(first: Streamed, made: Path, config: Mapping[str, Any]) -> Any:
     model, family = skeleton(shown, torch.float32)
     moe = next(moe for layer in find_layers(model)[1] if (moe := find_moe(layer, family)))
     hidden = torch.empty(1, 1, model.config.get_text_config().hidden_size, device="meta")
-    given: tuple[Any, ...] | None = None
-    with suppress(NotImplementedError, TypeError):  # it cannot be tried so
-        given = until(
-            moe.experts.register_forward_pre_hook, lambda: moe.block(hidden), with_kwargs=True
-        )
+    given = try_router(moe, hidden)
     before = first.family.n_groups(first.model.config.get_text_config())
     groups = before * len(config["moecule"][NOTED]["sources"]) if before > 1 else 1
     found = family.n_groups(model.config.get_text_config())

@@ -168,10 +168,15 @@ def probability(logits: Float[Tensor, "T E"], scores: str) -> Float[Tensor, "T E
     return torch.nn.functional.softplus(logits).sqrt() if scores == "sqrtsoftplus" else logits
 
 
-def try_router(moe: Moe, hidden: Float[Tensor, "B S H"]) -> None:
-    """Let the block pick experts, on meta too. Raises what the model raises where it cannot."""
+def try_router(moe: Moe, hidden: Float[Tensor, "B S H"]) -> tuple[Any, ...] | None:
+    """Let the block pick experts, on meta too: what a hook before the experts is given, if it can be tried.
+
+    Raises what the model raises where it cannot pick.
+    """
     with suppress(NotImplementedError, TypeError):  # it cannot be tried so
-        until(moe.experts.register_forward_pre_hook, lambda: moe.block(hidden))
+        before = moe.experts.register_forward_pre_hook
+        return until(before, lambda: moe.block(hidden), with_kwargs=True)
+    return None
 
 
 def experts_of(module: Any) -> Experts:

@@ -32,7 +32,7 @@ from moecule.names import names_in_memory
 from moecule.offload import offload
 from moecule.ranks import SOLO, Ranks, join
 from moecule.runtime import PackedConfig, prepare_model, set_exact
-from moecule.states import Place, choose_place, free_host_bytes
+from moecule.states import Place, choose_place, free_bytes
 
 # (what is done, steps done, of how many, tokens of the text that each passes)
 Progress = Callable[[str, int, int, int], None]
@@ -263,9 +263,7 @@ def memory_bytes(streamed: Streamed) -> int:
 
 def fits(streamed: Streamed) -> bool:
     """Whether the whole model has room on its device now."""
-    device = streamed.device
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes()
-    return 1.2 * memory_bytes(streamed) <= free
+    return 1.2 * memory_bytes(streamed) <= free_bytes(streamed.device)
 
 
 def _load_decoded(model: str | Path, compute: Compute, skip: bool) -> Any:

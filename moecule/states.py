@@ -166,6 +166,13 @@ def give_back() -> None:
         trim(0)
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be taken where the device computes."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return free_host_bytes()
+
+
 def free_host_bytes() -> int:
     """Host memory that can still be taken, as the system and Linux's control groups tell."""
     free = int(psutil.virtual_memory().available)

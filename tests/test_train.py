@@ -479,7 +479,7 @@ def test_experts_that_processes_cannot_share(checkpoint, packed):
 
 
 def test_too_little_memory_is_told_with_what_would_fit(checkpoint, monkeypatch):
-    monkeypatch.setattr(student, "free_host_bytes", lambda: 40_000)
+    monkeypatch.setattr(student, "free_bytes", lambda device: 40_000)
     teacher = checkpoint("mixtral", tokenizer=True)
     with pytest.raises(
         RecipeError, match=r"and cpu has 40.00 kB.*norms alone take .* kB.*--by-layer"

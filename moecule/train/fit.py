@@ -17,7 +17,6 @@ Differences from the papers:
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -38,12 +37,13 @@ from moecule.journal import Journal, journal_of, placed, sweep
 from moecule.moe import Moe, by_expert, find_layers, find_moe
 from moecule.session import Compute, Progress, open_checkpoint, silent, ticker
 from moecule.train.capacity import Capacity, Select, balancing, limiting
-from moecule.train.heal import TOGETHER
 from moecule.train.lesson import (
     Lesson,
     history,
     lesson_windows,
+    mean_of,
     noted,
+    warn_of_stops,
     write_taught,
 )
 from moecule.train.loop import Loss, Schedule, Trained, train
@@ -135,9 +135,7 @@ def fit(
             journal.add({"began": True})  # what follows leaves files of its own
             _stages(checkpoint, fitting, request, windows, held, compute, journal, progress)
         put_in_place(journal, out)
-    for name, of in history(out).items():
-        if of.stopped is not None:
-            warnings.warn(f"{name}: {of.stopped}; the best before it was kept", stacklevel=2)
+    warn_of_stops(out)
     return _told(out)
 
 
@@ -206,10 +204,7 @@ def _train(
 
         @torch.no_grad()
         def check() -> float:
-            total = torch.zeros((), dtype=torch.float64)
-            for part in torch.stack(ranks.mine(list(held))).split(TOGETHER):
-                total += len(part) * plain_loss(student, part).double().cpu()
-            return float(ranks.add_up(total)) / len(held)
+            return mean_of(lambda ids: plain_loss(student, ids), held, ranks)
 
         trained = train(
             student.model,

@@ -9,7 +9,6 @@ need not fit. The best by the KL on held-out text stays, so healing never leaves
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,9 +37,19 @@ from moecule.session import (
     ticker,
     trail_of,
 )
-from moecule.states import free_host_bytes
+from moecule.states import free_bytes
 from moecule.train.by_layer import heal_layers
-from moecule.train.lesson import Lesson, check_teacher, history, lesson_windows, noted, write_taught
+from moecule.train.lesson import (
+    TOGETHER,
+    Lesson,
+    check_teacher,
+    history,
+    lesson_windows,
+    mean_of,
+    noted,
+    warn_of_stops,
+    write_taught,
+)
 from moecule.train.loop import Loss, Trained, train
 from moecule.train.losses import distil, distil_top_k
 from moecule.train.moved import Shelf, changes, stored_as
@@ -57,7 +66,6 @@ from moecule.verbs import AUTO, MADE, put_in_place
 from moecule.writer import check_out
 
 BESIDE = 6.0  # times a teacher's bytes, for it, a student of its size, gradients and moments
-TOGETHER = 8  # windows that the teacher is asked, or the student checked on, at once
 
 
 @dataclass(frozen=True)
@@ -147,9 +155,7 @@ def teach(
             if ranks.is_first:
                 write_taught(checkpoint, moved, journal.folder / MADE, {HEALED: request}, trained)
         put_in_place(journal, out)
-    for name, of in history(out).items():
-        if of.stopped is not None:
-            warnings.warn(f"{name}: {of.stopped}; the best before it was kept", stacklevel=2)
+    warn_of_stops(out)
     return Healed(out, history(out))
 
 
@@ -177,11 +183,8 @@ def _whole(
 
     @torch.no_grad()
     def check() -> float:
-        total = torch.zeros((), dtype=torch.float64)
-        for part in torch.stack(ranks.mine(list(every[n:]))).split(TOGETHER):
-            ids = part.to(compute.torch_device())
-            total += len(part) * loss(student.model, ids).double().cpu()
-        return float(ranks.add_up(total)) / len(held)
+        device = compute.torch_device()
+        return mean_of(lambda ids: loss(student.model, ids.to(device)), every[n:], ranks)
 
     schedule = lesson.schedule
     text = schedule.steps * schedule.batch * windows.shape[1]
@@ -245,7 +248,7 @@ def _teacher(
 def _fits_beside(teacher_bytes: int, compute: Compute) -> bool:
     """Whether a teacher has room beside a student of its size, gradients and moments and all."""
     device = compute.torch_device()
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes()
+    free = free_bytes(device)
     return BESIDE * teacher_bytes <= free
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from moecule.checkpoint import Checkpoint
@@ -19,11 +20,13 @@ from moecule.evidence import FILE as EVIDENCE
 from moecule.files import parse_json, write_text
 from moecule.folder import HEALED
 from moecule.hf import skeleton
+from moecule.ranks import Ranks
 from moecule.session import ASSETS, open_checkpoint, tokenizer_of
 from moecule.train.loop import Schedule, Trained
 from moecule.train.moved import write_changed
 from moecule.train.student import check_parts
 
+TOGETHER = 8  # windows that the teacher is asked, or the student checked on, at once
 HELD_OUT = 32  # windows that say which state is best
 FILE = "healing.json"
 Teaching = Literal["auto", "beside", "said"]
@@ -124,6 +127,25 @@ def history(out: Path) -> dict[str, Trained]:
         return {name: Trained.from_dict(of) for name, of in said.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise OutputError(f"{file} is damaged ({e!r}); remove {out} and train again") from e
+
+
+def warn_of_stops(out: Path) -> None:
+    """Warn where a loss diverged in what made the checkpoint in `out`."""
+    for name, of in history(out).items():
+        if of.stopped is not None:
+            warnings.warn(f"{name}: {of.stopped}; the best before it was kept", stacklevel=3)
+
+
+def mean_of(
+    loss: Callable[[Int[Tensor, "B S"]], Float[Tensor, ""]],
+    windows: Int[Tensor, "N S"],
+    ranks: Ranks,
+) -> float:
+    """The loss of windows, of which every process has as many, TOGETHER at a time."""
+    total = torch.zeros((), dtype=torch.float64)
+    for part in torch.stack(ranks.mine(list(windows))).split(TOGETHER):
+        total += len(part) * loss(part).double().cpu()
+    return float(ranks.add_up(total)) / len(windows)
 
 
 def write_taught(

@@ -49,7 +49,7 @@ from moecule.session import (
     ticker,
     tokenizer_of,
 )
-from moecule.states import free_host_bytes
+from moecule.states import free_bytes
 from moecule.text import HELD_OUT
 from moecule.train.loop import Schedule, Trained, train
 from moecule.train.masked import Pupil, Settled, loss_of, settle
@@ -268,7 +268,7 @@ def _check_memory(checkpoint: Checkpoint, compute: Compute) -> None:
     model = skeleton(checkpoint, torch.float32)[0]
     wanted = sum(4 * p.numel() for _, m in experts_in(model) for p in m.parameters())
     device = compute.torch_device()
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes()
+    free = free_bytes(device)
     if wanted > free:
         raise RecipeError(
             f"learning masks unpacks all experts, which takes {format_size(wanted)}, and {device} has "

@@ -49,7 +49,7 @@ from moecule.session import (
     stream,
     ticker,
 )
-from moecule.states import free_host_bytes
+from moecule.states import free_bytes
 from moecule.train.cut import cut, slim_keys, width_of
 from moecule.train.heal import teach
 from moecule.train.lesson import Lesson, check_teacher, history, lesson_windows, noted
@@ -324,7 +324,7 @@ def _check_room(source: Path, teacher: str | Path | None, compute: Compute) -> N
         memory_bytes(stream(m, compute, empty=True)) for m in (source, teacher) if m is not None
     ]
     wanted, device = sum(sizes) + sizes[0], compute.torch_device()
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes()
+    free = free_bytes(device)
     if wanted > free:
         raise RecipeError(
             f"scoring by gradients takes {format_size(wanted)}, and {device} has {format_size(free)} left; "

@@ -46,7 +46,7 @@ from moecule.hf import (
 from moecule.moe import experts_in, find_layers, find_moe
 from moecule.names import names_in_memory
 from moecule.session import Compute, load, open_checkpoint
-from moecule.states import free_host_bytes
+from moecule.states import free_bytes
 from moecule.train.loop import whole
 from moecule.train.thaw import PLAIN, thaw, thawed_names
 
@@ -312,7 +312,7 @@ def _adapt(model: Any, routers: set[str], dtypes: Mapping[str, torch.dtype]) -> 
 def _check_memory(student: Student, beside: int) -> None:
     """Raise RecipeError where AdamW's moments and gradients have no room, and say what has."""
     device = student.compute.torch_device()
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes()
+    free = free_bytes(device)
     wanted = TRAINED_BYTES * student.trainable // student.compute.ranks.size + beside
     if wanted > free:
         few = TRAINED_BYTES * sum(p.numel() for p in student.model.parameters() if p.dim() == 1)
