@@ -42,6 +42,14 @@ def _silent() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """The same draws whichever tests ran before in this process."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, _silent: None) -> Callable[..., Path]:
     """checkpoint(name): the folder of that family's tiny model; do not write into it.
