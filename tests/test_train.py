@@ -460,6 +460,20 @@ def test_two_processes_train_what_one_trains(kind, more, packed, checkpoint, tex
         assert (a, b) == pytest.approx((c, d), abs=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["packed", pytest.param("stock", marks=pytest.mark.slow)])
+def test_two_processes_keep_the_best_and_not_the_last(kind, packed, checkpoint, text, tmp_path):
+    """What a root of shards gathered to be checked is not what is kept."""
+    teacher = checkpoint("mixtral", tokenizer=True)
+    source = packed("mixtral") if kind == "packed" else teacher
+    ended = run(tmp_path / "out", source, teacher, text, 2, "--lr", "0.3", "--parts", "norms")
+    assert ended.returncode == 0, ended.stderr
+    said = json.loads((tmp_path / "out" / "healing.json").read_text())["all"]
+    assert said["best_step"] == 0 and said["steps"] == 5
+    a, b = Checkpoint.open(source), Checkpoint.open(tmp_path / "out")
+    before, after = a.read(list(a.tensors)), b.read(list(b.tensors))
+    assert [n for n, t in before.items() if not torch.equal(t, after[n])] == []
+
+
 def test_experts_that_processes_cannot_share(checkpoint, packed):
     of = {}
     for kind, folder in (

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from moecule.errors import OutputError, RecipeError
@@ -151,7 +152,8 @@ def train(
     if not named:
         raise RecipeError("nothing of the model is to be trained; name other parts (--parts)")
     check_batch(schedule, ranks.size)
-    run = _begin(named, schedule, check, folder, ranks, rates or {})
+    figure = None if check is None else _resharding(model, check)
+    run = _begin(named, schedule, figure, folder, ranks, rates or {})
     run.stored = stored or {}
     for _ in range(run.done.steps):
         tick()
@@ -167,13 +169,26 @@ def train(
         run.done.steps = step + 1
         after(step + 1)
         if (step + 1) % schedule.every == 0 or last:
-            _note(run, step + 1, value, check)
+            _note(run, step + 1, value, figure)
             if folder is not None:
                 _save(run, folder)
         tick()
     if check is not None or run.done.stopped is not None:
         _put(named, run.best)
     return run.done
+
+
+def _resharding(model: Any, check: Check) -> Check:
+    """The same, leaving nothing gathered: a root keeps what its forward gathered, which `_put` misses."""
+
+    def figure() -> float:
+        found = check()
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return found
+
+    return figure
 
 
 def check_batch(schedule: Schedule, size: int) -> None:
