@@ -156,6 +156,7 @@ def slim(
     samples: Annotated[int, typer.Option(help="Windows to score on, in each stage.")] = 64,
     steps: Steps = 1200,
     batch: BatchSize = 16,
+    micro: Micro = 0,
     lr: Rate = None,
     every: Every = 50,
     seed: Seed = 0,
@@ -178,7 +179,7 @@ def slim(
     compute = compute_of(device, dtype, False)
     slimming = Slimming(width, groups, stages, multiple, signal, full, samples)
     schedule = schedule_of(
-        steps=steps, batch=batch, lr=lr, every=every, seed=seed, precision=precision
+        steps=steps, batch=batch, micro=micro, lr=lr, every=every, seed=seed, precision=precision
     )
     lesson = Lesson(
         (), schedule, experts_over=experts_over, length=length or 0, checkpointing=checkpointing
@@ -191,15 +192,13 @@ def slim(
         before, after = measured(
             out, model, text=text or (), data=data, compute=compute, progress=progress
         )
+    taught = list(zip(made.stages, made.trained, strict=True))
     if json_:
-        told = [
-            asdict(stage) | {name: asdict(of) for name, of in trained.items()}
-            for stage, trained in zip(made.stages, made.trained, strict=True)
-        ]
+        told = [asdict(s) | {n: asdict(of) for n, of in trained.items()} for s, trained in taught]
         print_json({"result": asdict(after), "stages": told})
         return
     print_change(before, after)
-    for stage, trained in zip(made.stages, made.trained, strict=True):
+    for stage, trained in taught:
         for of in trained.values():
             say(f"experts of {stage.width}: held-out KL {of.began:.4f} -> {of.best:.4f} nats")
     say(f"in {made.folder}; next: moecule generate {made.folder} 'Once upon a time'")
@@ -211,6 +210,7 @@ def train(
     parts: Parts = "all",
     steps: Steps = 400,
     batch: BatchSize = 16,
+    micro: Micro = 0,
     lr: Rate = 3e-4,
     every: Every = 50,
     seed: Seed = 0,
@@ -236,7 +236,15 @@ def train(
         raise RecipeError("--select goes with --capacity; give that, such as 1.0, or leave it out")
     lesson = Lesson(
         parts_of(parts),
-        schedule_of(steps=steps, batch=batch, lr=lr, every=every, seed=seed, precision=precision),
+        schedule_of(
+            steps=steps,
+            batch=batch,
+            micro=micro,
+            lr=lr,
+            every=every,
+            seed=seed,
+            precision=precision,
+        ),
         experts_over=experts_over,
         length=length or 0,
         checkpointing=checkpointing,
@@ -244,13 +252,9 @@ def train(
     fitting = Fitting(lesson, router_steps, new_routers, balance, capacity, select or "random")
     with bar() as progress:
         made = fit(
-            model,
-            out,
-            fitting=fitting,
-            data=data,
-            compute=compute_of(device, "float32", False),
+            model, out, fitting=fitting, data=data, compute=compute_of(device, "float32", False),
             progress=progress,
-        )
+        )  # fmt: skip
     if json_:
         told = {name: asdict(of) for name, of in made.trained.items()}
         print_json({"checkpoint": str(made.folder), "training": told, "left_out": made.left_out})

@@ -286,7 +286,6 @@ def test_the_command_makes_it_and_says_what_each_stage_gained(model, data, tmp_p
     assert "width = 20, and this model's experts have 64 channels; wanted a multiple of 8" in said
 
 
-@pytest.mark.slow
 def test_two_processes_make_what_one_makes(model, data, tmp_path):
     """But for the order in which sums are taken."""
     verb = ["slim", str(model), "-o", "", "--width", "16", "--groups", "1", "--multiple", "8"]

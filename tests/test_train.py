@@ -45,19 +45,22 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def packed(checkpoint, tmp_path_factory) -> Any:
-    """packed(name): a tiny model's checkpoint in 1 to 4 bits, one expert at 16."""
-    made: dict[str, Path] = {}
+    """packed(name): a tiny model's checkpoint in 1 to 4 bits, one expert at 16; or its experts alone."""
+    made: dict[tuple[str, bool], Path] = {}
 
-    def folder(name: str) -> Path:
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name) / "packed"
+    def folder(name: str, whole: bool = True) -> Path:
+        key = (name, whole)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(name) / "packed"
             streamed = tiny.stream(checkpoint(name, tokenizer=True))
             bits = (1, 2, 3, 4, 2, 2, 16, 1)
             fates = tiny.plan(
-                streamed, lambda i, e: Keep(bits[e], 16) if bits[e] < 16 else Keep(), rest=REST
+                streamed,
+                lambda i, e: Keep(bits[e], 16) if bits[e] < 16 else Keep(),
+                rest=REST if whole else {},
             )
-            tiny.write(streamed, fates, made[name], tiny.tokens())
-        return made[name]
+            tiny.write(streamed, fates, made[key], tiny.tokens())
+        return made[key]
 
     return folder
 
@@ -134,6 +137,21 @@ def test_micro_batches_add_up_to_the_batch():
         fit(line, Schedule(steps=5, batch=8, lr=0.1, micro=micro))
         ends.append(float(line.w.detach()))
     assert ends[0] == pytest.approx(ends[1], abs=1e-6)
+
+
+def test_a_step_that_finds_no_room_says_what_takes_less(tmp_path):
+    def grows(model: Any, x: Tensor) -> Tensor:
+        if x.shape[0] > 2:
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2 GiB. More advice."
+            )
+        return model.error(x)
+
+    windows = torch.arange(1, 9)[:, None]
+    said = r"4 windows of 1 tokens at a time find no room \(CUDA out of memory\); give fewer \(--micro\)"
+    with pytest.raises(RecipeError, match=said):
+        train(Line(), grows, windows, Schedule(steps=2, batch=4), folder=tmp_path)
+    assert train(Line(), grows, windows, Schedule(steps=2, batch=4, micro=2)).steps == 2
 
 
 def test_a_killed_run_goes_on_with_the_same_bits(tmp_path):
@@ -436,11 +454,13 @@ def run(out: Path, source: Path, teacher: Path, text: Path, processes: int, *mor
 
 @pytest.mark.parametrize(
     ("kind", "more"), [("packed", ("--top-k", "16")), ("stock", ("--experts-over", "2")),
-                       pytest.param("stock", (), marks=pytest.mark.slow)],
+                       pytest.param("stock", (), marks=pytest.mark.slow),
+                       pytest.param("stock", ("--parts", "lora,norms"), marks=pytest.mark.slow),
+                       pytest.param("experts", ("--parts", "lora,norms"), marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_two_processes_train_what_one_trains(kind, more, packed, checkpoint, text, tmp_path):
     teacher = checkpoint("mixtral", tokenizer=True)
-    source = packed("mixtral") if kind == "packed" else tmp_path / "cut"
+    source = tmp_path / "cut" if kind == "stock" else packed("mixtral", kind == "packed")
     if kind == "stock":
         streamed = tiny.stream(teacher)
         fates = tiny.plan(streamed, lambda i, e: Drop() if e % 2 else Keep())
@@ -448,6 +468,7 @@ def test_two_processes_train_what_one_trains(kind, more, packed, checkpoint, tex
     one = heal(
         source, teacher, tmp_path / "1", data=text, compute=COMPUTE,
         lesson=Lesson(
+            parts=("lora", "norms") if "--parts" in more else (),
             schedule=Schedule(steps=5, batch=4, every=5), length=24, top_k=16,
             teaching="said" if "--top-k" in more else "auto",
         ),

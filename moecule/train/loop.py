@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,12 +23,11 @@ import torch
 from jaxtyping import Float, Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from moecule.errors import OutputError, RecipeError
 from moecule.files import parse_json, save_whole, write_text, writing
 from moecule.ranks import SOLO, Ranks
+from moecule.train.shards import clip, give_back, local
 
 Loss = Callable[[Any, Int[Tensor, "B S"]], Float[Tensor, ""]]  # (model, windows) -> nats a token
 Check = Callable[[], float]  # a held-out figure; lower is better
@@ -146,49 +147,59 @@ def train(
     `folder`: a killed run goes on from what it left there; the caller removes it. `tick` is called once
     a step, `after` with the number of each step made. Without `check` the last state is kept, or the
     last one noted where the loss diverges.
-    Raises RecipeError where nothing wants a gradient or processes cannot share a batch.
+    Raises RecipeError where nothing wants a gradient, processes cannot share a batch, or memory ends.
     """
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not named:
         raise RecipeError("nothing of the model is to be trained; name other parts (--parts)")
     check_batch(schedule, ranks.size)
-    figure = None if check is None else _resharding(model, check)
-    run = _begin(named, schedule, figure, folder, ranks, rates or {})
-    run.stored = stored or {}
-    for _ in range(run.done.steps):
-        tick()
-    for step in range(run.done.steps, schedule.steps):
-        if run.done.stopped is not None:
-            break
-        value = _step(model, loss, windows, schedule, run, step)
-        if not math.isfinite(value) or _diverges(value, run.recent):
-            run.done.stopped = f"the loss diverged at step {step + 1} ({value:.4g} nats)"
-        else:
-            run.recent = value if run.recent is None else RECENT * run.recent + (1 - RECENT) * value
-        last = step + 1 == schedule.steps or run.done.stopped is not None
-        run.done.steps = step + 1
-        after(step + 1)
-        if (step + 1) % schedule.every == 0 or last:
-            _note(run, step + 1, value, figure)
-            if folder is not None:
-                _save(run, folder)
-        tick()
+    figure = None if check is None else partial(_figure, model, check)
+    with _in_memory(schedule, windows.shape[1]):
+        run = _begin(named, schedule, figure, folder, ranks, rates or {})
+        run.stored = stored or {}
+        for _ in range(run.done.steps):
+            tick()
+        for step in range(run.done.steps, schedule.steps):
+            if run.done.stopped is not None:
+                break
+            value = _step(model, loss, windows, schedule, run, step)
+            if not math.isfinite(value) or _diverges(value, run.recent):
+                run.done.stopped = f"the loss diverged at step {step + 1} ({value:.4g} nats)"
+            else:
+                run.recent = (
+                    value if run.recent is None else RECENT * run.recent + (1 - RECENT) * value
+                )
+            last = step + 1 == schedule.steps or run.done.stopped is not None
+            run.done.steps = step + 1
+            after(step + 1)
+            if (step + 1) % schedule.every == 0 or last:
+                _note(run, step + 1, value, figure)
+                if folder is not None:
+                    _save(run, folder)
+            tick()
     if check is not None or run.done.stopped is not None:
         _put(named, run.best)
     return run.done
 
 
-def _resharding(model: Any, check: Check) -> Check:
-    """The same, leaving nothing gathered: a root keeps what its forward gathered, which `_put` misses."""
+def _figure(model: Any, check: Check) -> float:
+    """Leaving nothing gathered: a root keeps what its forward gathered, which `_put` would miss."""
+    found = check()
+    give_back(model)
+    return found
 
-    def figure() -> float:
-        found = check()
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-        return found
 
-    return figure
+@contextmanager
+def _in_memory(schedule: Schedule, length: int) -> Iterator[None]:
+    """Raises RecipeError where a step finds no room."""
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        each, said = schedule.micro or schedule.batch, str(e).split(". ")[0]
+        raise RecipeError(
+            f"{each} windows of {length} tokens at a time find no room ({said}); give fewer (--micro), a "
+            "shorter --length, --checkpointing, or --parts that move less"
+        ) from e
 
 
 def check_batch(schedule: Schedule, size: int) -> None:
@@ -257,32 +268,6 @@ def _step(
         run.optimiser.step()
     run.optimiser.zero_grad()
     return mean
-
-
-@torch.no_grad()
-def clip(parameters: Iterable[nn.Parameter], most: float) -> float:
-    """Scale gradients so that their norm, over all shards, is `most` at most; the norm that it was.
-
-    torch's own refuses parameters that are sharded over different meshes.
-    """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    squares = [whole(torch.linalg.vector_norm(g)).double().square() for g in grads]
-    norm = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
-    if norm > most:
-        torch._foreach_mul_([local(g) for g in grads], most / norm)
-    return norm
-
-
-def whole(tensor: Any) -> Tensor:
-    """A plain tensor of a shard's: what all processes hold together."""
-    made: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return made
-
-
-def local(tensor: Any) -> Tensor:
-    """What of a tensor this process holds."""
-    made: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return made
 
 
 def _copied(named: Mapping[str, nn.Parameter]) -> State:

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.nn.utils import parametrize
 
 from moecule.checkpoint import Checkpoint
 from moecule.files import save_whole, writing
 from moecule.hf import Streamed, skeleton
-from moecule.train.loop import whole
+from moecule.train.low_rank import merged, updates
+from moecule.train.shards import whole
 from moecule.train.student import Student
 from moecule.train.thaw import frozen, thawed_names
 
@@ -24,13 +24,13 @@ def changes(student: Student) -> dict[str, Tensor]:
 
     All processes must call it.
     """
-    for module in student.adapted:
-        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
-    student.adapted = []
+    adapted = updates(student.model)
     thawed, first = thawed_names(student.model), student.compute.ranks.is_first
     moved: dict[str, Tensor] = {}
     for name, parameter in student.model.named_parameters(remove_duplicate=False):
         tensor = whole(parameter.detach())  # of all processes
+        if name in adapted:
+            tensor = merged(adapted[name], tensor)
         if first:
             moved[name] = frozen(tensor.cpu()) if name in thawed else tensor.cpu()
     return _to_disk(student, moved) if first else {}

@@ -16,18 +16,16 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 import transformers
-from jaxtyping import Float
 from packaging.version import Version
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint as again
 from transformers import AutoConfig
 
@@ -47,12 +45,12 @@ from moecule.moe import experts_in, find_layers, find_moe
 from moecule.names import names_in_memory
 from moecule.session import Compute, load, open_checkpoint
 from moecule.states import free_bytes
-from moecule.train.loop import whole
+from moecule.train.low_rank import adapt, average, updates
+from moecule.train.shards import whole
 from moecule.train.thaw import PLAIN, thaw, thawed_names
 
 Part = Literal["scales", "router", "norms", "lora", "experts", "all"]
 PARTS: tuple[str, ...] = get_args(Part)
-RANK = 16  # of an update of low rank
 SHARDED = "5.20"  # the transformers that can put experts of training on several processes
 TRAINED_BYTES = 12  # of each float32 number that moves, besides itself: gradient, two moments
 
@@ -69,31 +67,11 @@ class Student:
     # {name in memory: names on disk that make it}, and the dtype that it has there
     disk: Mapping[str, list[str]]
     dtypes: Mapping[str, torch.dtype]
-    adapted: list[nn.Module] = field(default_factory=list)  # with an update of low rank
 
     @property
     def trainable(self) -> int:
         """Numbers that move, over all processes."""
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-
-
-class LowRank(nn.Module):
-    """W + B A, of rank RANK, beginning at W (Hu et al. 2021, arXiv:2106.09685; alpha = rank)."""
-
-    def __init__(self, weight: Float[Tensor, "M N"], stored: torch.dtype) -> None:
-        """`stored`: the sum is rounded to it, as it will be; gradients pass the rounding by."""
-        super().__init__()
-        self.stored = stored
-        rows, columns = weight.shape
-        lot = torch.Generator().manual_seed(rows * columns)
-        a = torch.randn(RANK, columns, generator=lot) / columns**0.5
-        self.a = nn.Parameter(a.to(weight.device))
-        self.b = nn.Parameter(torch.zeros(rows, RANK, device=weight.device))
-
-    def forward(self, weight: Float[Tensor, "M N"]) -> Float[Tensor, "M N"]:
-        """The matrix with its update."""
-        made = weight + self.b @ self.a
-        return made + (made.to(self.stored).to(made.dtype) - made).detach()
 
 
 def check_plain(checkpoint: Checkpoint) -> None:
@@ -150,6 +128,8 @@ def open_student(
         for layer in find_layers(found)[1]:
             fully_shard(layer)
         fully_shard(found)
+    elif ranks.size > 1:  # shards were made before there were updates
+        average(found, ranks)
     found.config.use_cache = False
     return student
 
@@ -253,12 +233,8 @@ def mark(student: Student, parts: Sequence[str], *, strict: bool = True) -> None
     }
     for part in parts:
         if part == "lora":
-            if student.compute.ranks.size > 1:
-                raise RecipeError(
-                    "lora is trained by one process; start one, or name other --parts"
-                )
-            student.adapted += _adapt(model, routers, student.dtypes)
-        found = bool(student.adapted) if part == "lora" else bool(of[part])
+            adapt(_matrices(model, routers), student.dtypes)
+        found = bool(updates(model)) if part == "lora" else bool(of[part])
         if not found and strict:
             able = ", ".join(p for p, names in of.items() if names)
             raise RecipeError(
@@ -293,20 +269,18 @@ def _router_names(student: Student) -> set[str]:
     return out
 
 
-def _adapt(model: Any, routers: set[str], dtypes: Mapping[str, torch.dtype]) -> list[nn.Module]:
-    """Give every plain Linear of the decoder layers, but routers and experts, an update of low rank."""
+def _matrices(model: Any, routers: set[str]) -> dict[str, nn.Linear]:
+    """Every plain Linear of the decoder layers, but routers and experts."""
     prefix, layers = find_layers(model)
     experts = tuple(f"{name}." for name, _ in experts_in(model))
-    made = []
-    for name, module in [(f"{prefix}.{n}", m) for n, m in layers.named_modules()]:
-        plain = isinstance(module, nn.Linear) and "weight" in module._parameters
-        if plain and f"{name}.weight" not in routers and not name.startswith(experts):
-            parametrize.register_parametrization(
-                module, "weight", LowRank(module.weight, dtypes[f"{name}.weight"])
-            )
-            module.parametrizations["weight"].original.requires_grad_(False)
-            made.append(module)
-    return made
+    return {
+        name: module
+        for name, module in ((f"{prefix}.{n}", m) for n, m in layers.named_modules())
+        if isinstance(module, nn.Linear)
+        and "weight" in module._parameters
+        and f"{name}.weight" not in routers
+        and not name.startswith(experts)
+    }
 
 
 def _check_memory(student: Student, beside: int) -> None:

@@ -1,0 +1,44 @@
+"""Parameters that may be shards of FSDP2 or of expert parallelism: whole, here, or clipped together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+
+def whole(tensor: Any) -> Tensor:
+    """A plain tensor of a shard's: what all processes hold together."""
+    made: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return made
+
+
+def local(tensor: Any) -> Tensor:
+    """What of a tensor this process holds."""
+    made: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return made
+
+
+def give_back(model: nn.Module) -> None:
+    """Leave this process its shards alone, whatever a forward has gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@torch.no_grad()
+def clip(parameters: Iterable[nn.Parameter], most: float) -> float:
+    """Scale gradients so that their norm, over all shards, is `most` at most; the norm that it was.
+
+    torch's own refuses parameters that are sharded over different meshes.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    squares = [whole(torch.linalg.vector_norm(g)).double().square() for g in grads]
+    norm = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+    if norm > most:
+        torch._foreach_mul_([local(g) for g in grads], most / norm)
+    return norm
