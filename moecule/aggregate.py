@@ -34,7 +34,7 @@ from moecule.errors import CheckpointError, RecipeError
 from moecule.files import write_text, writing
 from moecule.folder import HEALED, side_files
 from moecule.hf import Streamed, open_model, skeleton
-from moecule.journal import journal_of, placed, sweep
+from moecule.journal import making, sweep
 from moecule.moe import Moe, by_expert, find_layers, find_moe, try_router
 from moecule.session import Compute, Progress, open_checkpoint, silent, stream, ticker
 from moecule.sources import (
@@ -45,8 +45,7 @@ from moecule.sources import (
     counts_of,
     picks_of,
 )
-from moecule.verbs import MADE, put_in_place
-from moecule.writer import Writer, check_out
+from moecule.writer import Writer
 
 Dense = Literal["average", "first"]
 CPU = Compute(device="cpu", dtype="float32")
@@ -97,16 +96,13 @@ def aggregate(
     if _noted(out) == request:
         sweep(out, whole=True)
         return made
-    check_out(out, placed(out))
-    with journal_of(out, {"verb": "aggregate", **request}) as journal:
+    with making(out, {"verb": "aggregate", **request}) as journal:
         if not journal.is_written:
-            check_out(out, set())
-            folder = journal.folder / MADE
+            folder = journal.made
             with writing(folder):
                 folder.mkdir(exist_ok=True)
             write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
             _write(sources, folder, config, _Way(dense, center), progress)
-        put_in_place(journal, out)
     return made
 
 

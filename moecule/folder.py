@@ -11,7 +11,7 @@ from typing import Any
 
 from moecule import runtime
 from moecule.apply import Applied, is_stock
-from moecule.checkpoint import INDEX, Checkpoint
+from moecule.checkpoint import Checkpoint
 from moecule.errors import CheckpointError
 from moecule.evidence import FILE as EVIDENCE
 from moecule.family import TOP_K_KEYS, Family, text_part
@@ -35,13 +35,14 @@ def side_files(source: Path) -> list[Path]:
     """Tokenizer, generation settings, chat template, licence: all but weights and config."""
     kinds, ours = (
         (".json", ".jinja", ".model", ".txt"),
-        ("config.json", INDEX, "result.json", EVIDENCE),
+        ("config.json", "result.json", EVIDENCE),
     )
     return [
         file
         for file in sorted(source.iterdir())
         if (file.suffix in kinds or file.name.startswith("LICENSE"))
         and not (file.name in ours or file.name.startswith("README"))
+        and not file.name.endswith(".index.json")  # of weights in another form
         and file.is_file()
     ]
 

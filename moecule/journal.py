@@ -28,6 +28,7 @@ from moecule.errors import OutputError
 from moecule.files import hold, missing_folders, parse_json, remove_empty, writing
 from moecule.ranks import SOLO, Ranks
 from moecule.states import Place, States
+from moecule.writer import check_out, move_into
 
 FILE = "journal.jsonl"
 HIDDEN = "hidden"
@@ -66,6 +67,11 @@ class Journal:
             with writing(self.folder):
                 (self.folder / FILE).unlink()
                 shutil.rmtree(self.folder)
+
+    @property
+    def made(self) -> Path:
+        """The folder that becomes the output."""
+        return self.folder / "made"
 
     def done(self, key: str) -> dict[int, Entry]:
         """Steps of a kind by their number: {layer: entry}."""
@@ -135,6 +141,28 @@ def journal_of(out: Path, request: Mapping[str, Any], ranks: Ranks = SOLO) -> It
         finally:
             if ranks.is_first and not journal.entries:  # nothing to go on from
                 shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def making(
+    out: Path, request: Mapping[str, Any], ranks: Ranks = SOLO, allowed: Iterable[str] = ()
+) -> Iterator[Journal]:
+    """`journal_of`; what the caller leaves in its `made` is put in place.
+
+    Raises OutputError where `out` holds what is neither `allowed` nor was put there by this request.
+    """
+    if ranks.is_first:
+        check_out(out, {*allowed} | placed(out))
+    with journal_of(out, request, ranks) as journal:
+        if ranks.is_first and not journal.is_written:  # another request has put there what it may
+            check_out(out, {*allowed})
+        yield journal
+        if not journal.is_written:
+            journal.written(p.name for p in (journal.made.iterdir() if ranks.is_first else ()))
+        if ranks.is_first:
+            move_into(journal.made, out)
+        journal.remove()
+        ranks.wait()
 
 
 def placed(out: Path) -> set[str]:

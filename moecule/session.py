@@ -238,11 +238,7 @@ def load(
             hint = "; fetch it again, or make it again if moecule made it"
         said = f"{checkpoint.path} does not load: {_first_line(e)}{hint}"
         raise CheckpointError(said) from e
-    lacking = sorted({*told["missing_keys"], *(k for k, *_ in told["mismatched_keys"])})
-    if lacking:  # transformers fills these in at random
-        raise CheckpointError(
-            f"{checkpoint.path} lacks {lacking[0]} ({len(lacking)} missing); fetch it again"
-        )
+    check_whole(checkpoint, told)
     if checkpoint.config["model_type"] != PACKED:
         choose_experts(loaded)
     set_exact(loaded, exact)
@@ -253,6 +249,15 @@ def load(
     if skip:  # what it counts lies where the model is
         online.set_skip(loaded, True)
     return loaded.eval()
+
+
+def check_whole(checkpoint: Checkpoint, told: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where transformers `told` of tensors that it filled in at random."""
+    lacking = sorted({*told["missing_keys"], *(k for k, *_ in told["mismatched_keys"])})
+    if lacking:
+        raise CheckpointError(
+            f"{checkpoint.path} lacks {lacking[0]} ({len(lacking)} missing); fetch it again"
+        )
 
 
 def memory_bytes(streamed: Streamed) -> int:

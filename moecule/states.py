@@ -169,7 +169,8 @@ def give_back() -> None:
 def free_bytes(device: torch.device) -> int:
     """Memory that can still be taken where the device computes."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        ours = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + ours  # torch hands out again what it kept
     return free_host_bytes()
 
 

@@ -48,6 +48,7 @@ Groups = Annotated[
     int | None, typer.Option(help="Key heads that stay, with their queries; without: all.")
 ]
 Stages = Annotated[int, typer.Option(help="Of cutting and distilling.")]
+Early = Annotated[float, typer.Option(help="Share of the steps that each stage but the last has.")]
 Multiple = Annotated[int, typer.Option(help="Widths between stages are multiples of it.")]
 SignalName = Annotated[
     Literal["topk_ce", "lm", "noise"], typer.Option(help="Loss of the first stage's scores.")
@@ -149,6 +150,7 @@ def slim(
     width: Width = None,
     groups: Groups = None,
     stages: Stages = 2,
+    early: Early = 0.1,
     multiple: Multiple = 32,
     signal: SignalName = "topk_ce",
     full: Full = False,
@@ -177,7 +179,7 @@ def slim(
     from moecule.train.stages import Slimming
 
     compute = compute_of(device, dtype, False)
-    slimming = Slimming(width, groups, stages, multiple, signal, full, samples)
+    slimming = Slimming(width, groups, stages, early, multiple, signal, full, samples)
     schedule = schedule_of(
         steps=steps, batch=batch, micro=micro, lr=lr, every=every, seed=seed, precision=precision
     )

@@ -24,7 +24,7 @@ from moecule.evidence import FILE as EVIDENCE
 from moecule.folder import made_of, remains, write_config
 from moecule.hf import Streamed
 from moecule.inventory import take_inventory
-from moecule.journal import Journal, Trail, journal_of, placed, sweep
+from moecule.journal import Journal, Trail, making, sweep
 from moecule.order import read_plan as read_plan  # the verb beside plan and apply
 from moecule.order import save_plan
 from moecule.plan import Keep, Plan
@@ -43,7 +43,7 @@ from moecule.stats import COUNT, load_stats, save_layer, save_meta, stats_digest
 from moecule.target import steered
 from moecule.text import calibration_batches
 from moecule.verify import keep_probe, probe_of, verify
-from moecule.writer import Writer, check_out, move_into
+from moecule.writer import Writer
 
 AUTO = Compute()
 DEFAULT_SAMPLING = Sampling()
@@ -65,8 +65,6 @@ def calibrate(
     """
     chosen, out, ranks = _recipe(recipe), Path(out), compute.ranks
     done = ranks.share((out / "meta.json").is_file(), 0)
-    if not done and ranks.is_first:
-        check_out(out, placed(out))
     streamed = stream(model, compute)
     batches = calibration_batches(streamed, data, chosen.data)
     needs = countable(streamed, chosen.counted(), chosen.needs())
@@ -85,13 +83,9 @@ def calibrate(
     steps = layers * (2 if backward else 1)
     tick = ticker(progress, "calibrate", steps, n_tokens(batches))
     mine = ranks.mine(batches)
-    with journal_of(
-        out, {"verb": "calibrate", "processes": ranks.size, **inputs}, ranks
-    ) as journal:
-        made = journal.folder / MADE
+    with making(out, {"verb": "calibrate", "processes": ranks.size, **inputs}, ranks) as journal:
+        made = journal.made
         if not journal.is_written:
-            if ranks.is_first:  # what another request has put there is not ours
-                check_out(out, set())
             trail = _trail(streamed, batches, compute, layers + 3 if backward else 3, journal)
             mend = "it is damaged, or needs a wider dtype (--dtype float32)"
             for layer, sums in collect(streamed, mine, needs, tick, trail):
@@ -105,22 +99,7 @@ def calibrate(
                     "inventory": take_inventory(streamed).as_dict(),
                 }
                 save_meta(meta, made)
-        put_in_place(journal, out)
     return out
-
-
-MADE = "made"  # in the journal's folder: what is to become the output
-
-
-def put_in_place(journal: Journal, out: Path) -> None:
-    """What was made, and the journal away."""
-    made, ranks = journal.folder / MADE, journal.ranks
-    if not journal.is_written:
-        journal.written(p.name for p in made.iterdir()) if ranks.is_first else journal.written(())
-    if ranks.is_first:
-        move_into(made, out)
-    journal.remove()
-    ranks.wait()
 
 
 def _inputs(streamed: Streamed, batches: Sequence[Batch], sampling: Sampling) -> dict[str, Any]:
@@ -279,23 +258,17 @@ def apply(
     there = ranks.share(made_of(out, chosen) if ranks.is_first else None, 0)
     if ranks.is_first:
         sweep(out, ranks, whole=False)
-        if there is None:
-            check_out(out, remains(out, source) | placed(out))
     streamed = stream(model, compute)
     batches = calibration_batches(streamed, data, sampling)
     inputs = {"plan": chosen.code_digest, **_inputs(streamed, batches, sampling)}
     if there == inputs:
         sweep(out, ranks, whole=True)
         return out
-    if ranks.is_first and there is not None:  # a checkpoint, and not this one
-        check_out(out, remains(out, source) | placed(out))
     request = {"verb": "apply", "processes": ranks.size, **inputs}
     tick = ticker(progress, "apply", len(streamed.layers), n_tokens(batches))
-    with journal_of(out, request, ranks) as journal:
-        made = journal.folder / MADE
+    with making(out, request, ranks, remains(out, source)) as journal:
+        made = journal.made
         if not journal.is_written:
-            if ranks.is_first:  # what another request has put there is not ours
-                check_out(out, remains(out, source))
             writer, mine = Writer(made), ranks.mine(batches)
             trail = _trail(streamed, batches, compute, 3, journal)
             # without a journal all layers are done anew, and so is what was kept of them
@@ -312,7 +285,6 @@ def apply(
         if ranks.is_first:
             for file in ("result.json", EVIDENCE):  # of what lay there before
                 (out / file).unlink(missing_ok=True)
-        put_in_place(journal, out)
     return out
 
 

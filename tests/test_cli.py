@@ -53,8 +53,8 @@ OPTIONS = {
     "plan": "bits clamp context drop fit json out quiet recipe set size target",
     "recipes": "json quiet",
     "report": "out quiet",
-    "slim": "batch checkpointing data device dtype every experts-over full groups json length lr micro "
-    "multiple out precision quiet samples seed signal stages steps teacher text width",
+    "slim": "batch checkpointing data device dtype early every experts-over full groups json length "
+    "lr micro multiple out precision quiet samples seed signal stages steps teacher text width",
     "train": "balance batch capacity checkpointing data device every experts-over json length lr micro "
     "new-routers out parts precision quiet router-steps seed select steps",
 }

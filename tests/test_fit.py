@@ -126,6 +126,14 @@ def test_routers_at_random_are_the_familys_own(checkpoint):
     assert not torch.equal(student.model.model.layers[0].mlp.router.weight, first)
 
 
+def test_routers_at_random_are_as_they_will_be_stored(checkpoint):
+    student = open_student(checkpoint("mixtral", dtype=torch.bfloat16, tokenizer=True), COMPUTE)
+    renew_routers(student, 0)
+    for layer in student.model.model.layers:
+        rows = layer.mlp.gate.weight.detach()
+        assert rows.abs().sum() > 0 and torch.equal(rows, rows.bfloat16().float())
+
+
 class KilledError(Exception):
     """In place of a kill."""
 

@@ -23,6 +23,7 @@ from moecule.exports.contents import Contents
 from moecule.family import load_family
 from moecule.methods import otp
 from moecule.plan import Keep, Masks, Skip
+from moecule.ranks import Ranks
 from moecule.recipe import load_recipe
 from moecule.result import Result
 from moecule.run import read_run
@@ -222,6 +223,13 @@ def test_what_has_no_masks_is_refused(prepared, checkpoint, text, tmp_path):
     tiny.write(streamed, plan, tmp_path / "odp", tiny.tokens(1))
     with pytest.raises(CheckpointError, match="without learnt masks"):
         learn_masks(tmp_path / "odp", data=text)
+
+
+def test_more_processes_than_windows_to_check_on_are_refused(prepared, tmp_path, text):
+    few, many = tmp_path / "few.jsonl", Compute("cpu", ranks=Ranks(0, 65))
+    few.write_text("\n".join(text.read_text().splitlines()[:60]))
+    with pytest.raises(DataError, match="65 processes share .* windows that masks are checked on"):
+        learn_masks(prepared, data=few, sampling=SAMPLING, compute=many)
 
 
 def test_conversations_and_too_little_text_are_refused(prepared, tmp_path):

@@ -24,7 +24,7 @@ from moecule.train.slim import slim
 from moecule.train.stages import Slimming, Stage, stages_of
 
 SHORT = Lesson(schedule=Schedule(steps=6, batch=2, every=1, lr=3e-4), length=16)
-TWO = Slimming(width=16, groups=1, multiple=8, samples=6, batch=2)
+TWO = Slimming(width=16, groups=1, early=1 / 3, multiple=8, samples=6, batch=2)
 
 
 class KillError(Exception):
@@ -59,13 +59,13 @@ def made(model, data, tmp_path_factory) -> Path:
 
 def test_the_stages_widths_and_steps():
     assert stages_of(Slimming(width=448, groups=4), 6400, 300) == (
-        Stage(1696, None, 100),
-        Stage(448, 4, 200),
+        Stage(1696, None, 30),
+        Stage(448, 4, 270),
     )
     assert stages_of(Slimming(width=960, stages=1), 6400, 7) == (Stage(960, None, 7),)
     assert stages_of(Slimming(groups=2, stages=1), 64, 5) == (Stage(64, 2, 5),)
     three = stages_of(Slimming(width=160, stages=3, multiple=16), 640, 100)
-    assert three == (Stage(400, None, 25), Stage(256, None, 25), Stage(160, None, 50))
+    assert three == (Stage(400, None, 10), Stage(256, None, 10), Stage(160, None, 80))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_the_stages_widths_and_steps():
         ({"groups": 2}, 64, 90, "2 stages from 64 to 64 channels"),
         ({"width": 72, "stages": 1}, 64, 90, "1 stages from 64 to 72 channels"),
         ({"width": 0}, 64, 90, "width = 0, wanted 1 to 64"),
-        ({"width": 16, "multiple": 8}, 64, 2, "2 steps are too few for 2 stages; give 3 or more"),
+        ({"width": 16, "multiple": 8}, 64, 2, "2 steps are shared [0, 2] by 2 stages"),
     ],
 )
 def test_stages_that_cannot_be_are_refused(slimming, full, steps, said):
@@ -89,6 +89,11 @@ def test_stages_that_cannot_be_are_refused(slimming, full, steps, said):
     [
         ({}, "nothing is to go; give --width, --groups, or both"),
         ({"width": 8, "stages": 0}, "stages = 0, wanted 1 or more"),
+        (
+            {"width": 8, "early": 0.0},
+            "early = 0 of the steps for each of 1 stages before the last one",
+        ),
+        ({"width": 8, "stages": 3, "early": 0.5}, "early = 0.5 of the steps for each of 2 stages"),
         ({"width": 8, "signal": "loss"}, "signal = 'loss', wanted one of topk_ce, lm, noise"),
     ],
 )
@@ -198,7 +203,7 @@ def test_what_another_request_made_is_left_alone(model, data, made):
 def test_a_stage_of_another_request_is_left_alone(model, data, made, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "stage_1").symlink_to(made / "stage_1")
-    other = Slimming(width=8, groups=1, multiple=8, samples=6, batch=2)
+    other = Slimming(width=8, groups=1, early=1 / 3, multiple=8, samples=6, batch=2)
     with pytest.raises(OutputError, match="stage_1 holds what another request made"):
         slim(model, tmp_path / "out", other, lesson=SHORT, data=data)
 
@@ -290,7 +295,17 @@ def test_two_processes_make_what_one_makes(model, data, tmp_path):
     """But for the order in which sums are taken."""
     verb = ["slim", str(model), "-o", "", "--width", "16", "--groups", "1", "--multiple", "8"]
     verb += ["--steps", "6", "--batch", "4", "--every", "2", "--samples", "16", "--length", "16"]
-    verb += ["--data", str(data), "--text", str(data), "--device", "cpu", "--json"]
+    verb += [
+        "--early",
+        "0.34",
+        "--data",
+        str(data),
+        "--text",
+        str(data),
+        "--device",
+        "cpu",
+        "--json",
+    ]
     alone, told = [sys.executable, "-m"], []
     many = [
         sys.executable,

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moecule.checkpoint import Checkpoint
@@ -148,7 +149,7 @@ def test_a_step_that_finds_no_room_says_what_takes_less(tmp_path):
         return model.error(x)
 
     windows = torch.arange(1, 9)[:, None]
-    said = r"4 windows of 1 tokens at a time find no room \(CUDA out of memory\); give fewer \(--micro\)"
+    said = r"no room \(CUDA out of memory\); give fewer windows at a time \(--micro\)"
     with pytest.raises(RecipeError, match=said):
         train(Line(), grows, windows, Schedule(steps=2, batch=4), folder=tmp_path)
     assert train(Line(), grows, windows, Schedule(steps=2, batch=4, micro=2)).steps == 2
@@ -183,6 +184,25 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path):
     (tmp_path / "whole" / loop.FILE).write_text("{")
     with pytest.raises(OutputError, match="damaged.*begin again"):
         run(tmp_path / "whole")
+
+
+def test_only_matrices_decay():
+    model = nn.Module()
+    for name, shape in (
+        ("matrix", (2, 2)),
+        ("scale", (2, 2)),
+        ("down_bias", (2, 2)),
+        ("norm", (2,)),
+    ):
+        model.register_parameter(name, nn.Parameter(torch.ones(shape)))
+
+    def loss(model: Any, x: Tensor) -> Tensor:
+        return sum(p.sum() for p in model.parameters()) * 0.0
+
+    schedule = Schedule(steps=3, batch=1, lr=0.1, decay=0.5)
+    train(model, loss, torch.ones(2, 1, dtype=torch.long), schedule, rates={"scale": 1.0})
+    changed = [n for n, p in model.named_parameters() if not torch.equal(p, torch.ones_like(p))]
+    assert changed == ["matrix"]
 
 
 def test_what_cannot_be_trained_is_refused():
@@ -375,6 +395,21 @@ def test_healing_goes_on_where_it_was_killed(
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_only_what_has_moved_is_written_and_once_a_precision(checkpoint, text, tmp_path):
+    teacher, source = checkpoint("mixtral", tokenizer=True), tmp_path / "source"
+    shutil.copytree(teacher, source)
+    for name in ("pytorch_model.bin", "consolidated.00.pth", "model.gguf", "README.md"):
+        (source / name).write_text("of what it was")
+    (source / "pytorch_model.bin.index.json").write_text("{}")
+    lesson = Lesson(schedule=replace(QUICK, steps=1), length=24)
+    heal(source, teacher, tmp_path / "out", lesson=lesson, data=text, compute=COMPUTE)
+    made = {p.name for p in (tmp_path / "out").iterdir()}
+    assert made == {p.name for p in teacher.iterdir()} | {"healing.json"}
+    other = Compute(device="cpu", dtype="bfloat16")  # the teacher's, which says other things in it
+    with pytest.raises(OutputError, match="already holds"):
+        heal(source, teacher, tmp_path / "out", lesson=lesson, data=text, compute=other)
+
+
 def test_what_healing_cannot_take(packed, checkpoint, text, tmp_path):
     teacher, source = checkpoint("mixtral", tokenizer=True), packed("mixtral")
     how = {"lesson": Lesson(schedule=QUICK, length=24), "compute": COMPUTE}
@@ -493,6 +528,18 @@ def test_two_processes_keep_the_best_and_not_the_last(kind, packed, checkpoint, 
     a, b = Checkpoint.open(source), Checkpoint.open(tmp_path / "out")
     before, after = a.read(list(a.tensors)), b.read(list(b.tensors))
     assert [n for n, t in before.items() if not torch.equal(t, after[n])] == []
+
+
+@pytest.mark.slow
+def test_processes_refuse_a_model_that_lacks_weights(checkpoint, text, tmp_path):
+    teacher, source = checkpoint("mixtral", tokenizer=True), tmp_path / "source"
+    shutil.copytree(teacher, source)
+    tensors = load_file(source / "model.safetensors")
+    del tensors["model.layers.1.self_attn.k_proj.weight"]
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    ended = run(tmp_path / "out", source, teacher, text, 2)
+    assert ended.returncode != 0 and "lacks model.layers.1.self_attn.k_proj.weight" in ended.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_experts_that_processes_cannot_share(checkpoint, packed):

@@ -88,8 +88,9 @@ def make(model: str, arm: str, seed: int, out: Path, args: argparse.Namespace) -
         return list(done.trained.values())
     full = width_of(stream(model, FLOAT32, empty=True).model)
     asked = Slimming(
-        round(args.share * full), stages=ARMS[arm], multiple=args.multiple, samples=args.samples
-    )
+        round(args.share * full), stages=ARMS[arm], early=args.early, multiple=args.multiple,
+        samples=args.samples,
+    )  # fmt: skip
     found = slim(model, out, asked, lesson=lesson, data=args.data, compute=compute)
     return [trained for of in found.trained for trained in of.values()]
 
@@ -132,6 +133,7 @@ def measure(model: str, arm: str, seed: int, args: argparse.Namespace) -> dict[s
             "arm": arm,
             "seed": seed,
             "share": args.share,
+            "early": args.early if ARMS[arm] > 1 else None,
             "steps": args.steps,
             "batch": args.batch,
             "length": args.length,
@@ -147,7 +149,7 @@ def measure(model: str, arm: str, seed: int, args: argparse.Namespace) -> dict[s
         }
 
 
-SAME = ("model", "arm", "seed", "share", "steps", "batch", "length", "lr", "precision")
+SAME = ("model", "arm", "seed", "share", "early", "steps", "batch", "length", "lr", "precision")
 
 
 def measure_all(args: argparse.Namespace) -> None:
@@ -155,7 +157,11 @@ def measure_all(args: argparse.Namespace) -> None:
     rows = [json.loads(x) for x in args.out.read_text().splitlines()] if args.out.is_file() else []
     known = {tuple(r[key] for key in SAME) for r in rows}
     every = [(m, a, s) for s in args.seeds for m in args.models for a in args.arms]
-    asked = [(Path(m).name, a, s, *(vars(args)[key] for key in SAME[3:])) for m, a, s in every]
+    asked = [
+        (Path(m).name, a, s, args.share, args.early if ARMS[a] > 1 else None,
+         *(vars(args)[key] for key in SAME[5:]))
+        for m, a, s in every
+    ]  # fmt: skip
     wanted = [of for of, key in zip(every, asked, strict=True) if key not in known]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -171,7 +177,7 @@ def _row(model: str, arm: str, seed: int, args: argparse.Namespace) -> dict[str,
         return measure(model, arm, seed, args)
     options = {
         k: getattr(args, k)
-        for k in ("data", "share", "steps", "batch", "lr", "warmup", "every", "length", "samples",
+        for k in ("data", "share", "early", "steps", "batch", "lr", "warmup", "every", "length", "samples",
                   "multiple", "windows", "precision", "device", "jobs")
     }  # fmt: skip
     command = [
@@ -196,7 +202,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Of one model: arms, best first, with the mean and the spread over seeds."""
     by_arm: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        by_arm.setdefault(row["arm"], []).append(row)
+        early = f", {row['early']:.0%} of the steps in the first" if row["early"] else ""
+        by_arm.setdefault(row["arm"] + early, []).append(row)
     lines = [
         "| | KL, nats a token | seeds | weights | of a token's experts | seconds |",
         "|---|--:|--:|--:|--:|--:|",
@@ -241,7 +248,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     for name, kind, default in (
-        ("share", float, 0.25), ("steps", int, 600), ("batch", int, 32), ("lr", float, 1e-3),
+        ("share", float, 0.25), ("early", float, 0.1), ("steps", int, 600), ("batch", int, 32),
+        ("lr", float, 1e-3),
         ("warmup", float, 0.02), ("every", int, 50), ("length", int, 512), ("samples", int, SAMPLES),
         ("multiple", int, 16), ("windows", int, 32), ("jobs", int, 1), ("precision", str, "bfloat16"),
         ("device", str, "auto"),
@@ -264,7 +272,7 @@ def main() -> None:
     if args.quick:
         args.models, args.data = ["embedded"], str(ASSETS / "text" / "calibration.jsonl")
         args.text = [str(f) for f in sorted((ASSETS / "text" / "eval").glob("*.txt"))[:2]]
-        args.steps, args.batch, args.length, args.samples, args.windows = 6, 4, 64, 8, 2
+        args.steps, args.batch, args.length, args.samples, args.windows = 10, 4, 64, 8, 2
         args.every, args.seeds, args.precision = 3, [0], "float32"
         if args.out == HERE / "rows.jsonl":  # those of a measurement
             args.out = Path(tempfile.gettempdir()) / "slimmoe-quick.jsonl"

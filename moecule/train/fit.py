@@ -33,7 +33,7 @@ from moecule.checkpoint import Checkpoint
 from moecule.errors import CheckpointError, RecipeError
 from moecule.folder import HEALED
 from moecule.hf import PACKED, skeleton
-from moecule.journal import Journal, journal_of, placed, sweep
+from moecule.journal import Journal, making, sweep
 from moecule.moe import Moe, by_expert, find_layers, find_moe
 from moecule.session import Compute, Progress, open_checkpoint, silent, ticker
 from moecule.train.capacity import Capacity, Select, balancing, limiting
@@ -50,8 +50,7 @@ from moecule.train.loop import Loss, Schedule, Trained, train
 from moecule.train.losses import next_token
 from moecule.train.moved import changes, stored_as
 from moecule.train.student import Student, check_plain, open_student, save_memory
-from moecule.verbs import AUTO, MADE, put_in_place
-from moecule.writer import check_out
+from moecule.verbs import AUTO
 
 
 @dataclass(frozen=True)
@@ -126,15 +125,10 @@ def fit(
     if ranks.share(noted(out) == request, 0):
         sweep(out, ranks, whole=True)
         return _told(out)
-    if ranks.is_first:
-        check_out(out, placed(out))
-    with journal_of(out, request, ranks) as journal:
+    with making(out, request, ranks) as journal:
         if not journal.is_written:
-            if ranks.is_first:
-                check_out(out, set())
             journal.add({"began": True})  # what follows leaves files of its own
             _stages(checkpoint, fitting, request, windows, held, compute, journal, progress)
-        put_in_place(journal, out)
     warn_of_stops(out)
     return _told(out)
 
@@ -165,7 +159,7 @@ def _stages(
     tick = ticker(progress, "train", steps, text)
     source, trained = checkpoint, dict[str, Trained]()
     for name, (parts, schedule) in stages.items():
-        made = journal.folder / (MADE if name == "all" else name)
+        made = journal.made if name == "all" else journal.folder / name
         if {"stage": name} not in journal.entries:
             student = open_student(
                 source.path, compute, parts=parts, experts_over=lesson.experts_over
@@ -179,6 +173,7 @@ def _stages(
                 student, fitting, schedule, windows, held, steps_of, tick
             )
             moved = changes(student)
+            del student  # the next stage opens its own
             if compute.ranks.is_first:
                 noted = {HEALED: request, LEFT_OUT: left_out}
                 write_taught(source, moved, made, noted, trained)
@@ -262,6 +257,7 @@ def _moes(student: Student) -> tuple[list[Moe], int]:
 def renew_routers(student: Student, seed: int) -> None:
     """Rows of routers at random, as the family begins them, and their biases 0."""
     moes, experts = _moes(student)
+    names = {id(p): n for n, p in student.model.named_parameters()}
     lot = torch.Generator().manual_seed(seed)
     width = student.model.config.get_text_config().initializer_range
     for moe in moes:
@@ -269,11 +265,12 @@ def renew_routers(student: Student, seed: int) -> None:
             fresh = torch.zeros(tensor.shape)
             if name == "weight":
                 fresh.normal_(0, width, generator=lot)
+            fresh = fresh.to(student.dtypes[names[id(tensor)]]).to(tensor.dtype)
             if isinstance(tensor, DTensor):
                 fresh = distribute_tensor(
                     fresh.to(tensor.device), tensor.device_mesh, tensor.placements
                 )
-            tensor.copy_(fresh)
+            tensor.copy_(fresh)  # rounded as it will be stored
 
 
 def _rows(moe: Moe, experts: int) -> Iterator[tuple[str, Tensor]]:

@@ -23,8 +23,8 @@ from moecule.checkpoint import Checkpoint
 from moecule.errors import RecipeError
 from moecule.files import writing
 from moecule.folder import HEALED
-from moecule.hf import PACKED
-from moecule.journal import Journal, journal_of, placed, sweep
+from moecule.hf import PACKED, Streamed
+from moecule.journal import Journal, making, sweep
 from moecule.ranks import SOLO
 from moecule.session import (
     Compute,
@@ -54,6 +54,7 @@ from moecule.train.loop import Loss, Trained, train
 from moecule.train.losses import distil, distil_top_k
 from moecule.train.moved import Shelf, changes, stored_as
 from moecule.train.student import (
+    TRAINED_BYTES,
     Student,
     check_plain,
     open_student,
@@ -62,10 +63,7 @@ from moecule.train.student import (
     save_memory,
 )
 from moecule.train.teacher import Said, say
-from moecule.verbs import AUTO, MADE, put_in_place
-from moecule.writer import check_out
-
-BESIDE = 6.0  # times a teacher's bytes, for it, a student of its size, gradients and moments
+from moecule.verbs import AUTO
 
 
 @dataclass(frozen=True)
@@ -123,26 +121,23 @@ def teach(
     progress: Progress = silent,
 ) -> Healed:
     """`heal` on windows that are given; those `held` out say which state is best."""
-    ranks = compute.ranks
+    ranks, theirs = compute.ranks, open_checkpoint(teacher)
     check_plain(checkpoint)
     packed = checkpoint.config["model_type"] == PACKED
     parts = lesson.parts or (("scales", "router", "norms") if packed else ("all",))
     request = {
         "verb": "heal",
         "processes": ranks.size,
-        "digests": [checkpoint.digest, open_checkpoint(teacher).digest],
+        "digests": [checkpoint.digest, theirs.digest],
+        "dtype": str(compute.torch_dtype(theirs.config)),  # in which it speaks
         "tokens": [digest([windows]), digest([held])],
         **json.loads(json.dumps(asdict(lesson) | {"parts": list(parts)})),
     }
     if ranks.share(noted(out) == request, 0):
         sweep(out, ranks, whole=True)
         return Healed(out, history(out))
-    if ranks.is_first:
-        check_out(out, placed(out))
-    with journal_of(out, request, ranks) as journal:
+    with making(out, request, ranks) as journal:
         if not journal.is_written:
-            if ranks.is_first:
-                check_out(out, set())
             journal.add({"began": True})  # what follows leaves files of its own
             if lesson.by_layer:
                 trained, moved = _by_layer(
@@ -153,8 +148,7 @@ def teach(
                     checkpoint, teacher, lesson, parts, windows, held, compute, journal, progress
                 )
             if ranks.is_first:
-                write_taught(checkpoint, moved, journal.folder / MADE, {HEALED: request}, trained)
-        put_in_place(journal, out)
+                write_taught(checkpoint, moved, journal.made, {HEALED: request}, trained)
     warn_of_stops(out)
     return Healed(out, history(out))
 
@@ -223,8 +217,7 @@ def _teacher(
     teaching = lesson.teaching
     if teaching == "auto":  # a run that goes on is taught as it began
         noted = [e["teaching"] for e in journal.entries if "teaching" in e]
-        # beside it there is the student, and what its training takes
-        room = _fits_beside(memory_bytes(streamed), compute)
+        room = _fits_beside(streamed, compute)
         teaching = noted[0] if noted else compute.ranks.share("beside" if room else "said", 0)
         if not noted:
             journal.add({"teaching": teaching})
@@ -245,11 +238,11 @@ def _teacher(
     return None, Said(folder, TOGETHER)
 
 
-def _fits_beside(teacher_bytes: int, compute: Compute) -> bool:
-    """Whether a teacher has room beside a student of its size, gradients and moments and all."""
-    device = compute.torch_device()
-    free = free_bytes(device)
-    return BESIDE * teacher_bytes <= free
+def _fits_beside(teacher: Streamed, compute: Compute) -> bool:
+    """Whether a teacher has room beside a float32 student of its size, all of which moves."""
+    numbers = sum(p.numel() for p in teacher.model.parameters())
+    wanted = memory_bytes(teacher) + (4 + TRAINED_BYTES) * numbers
+    return bool(wanted <= free_bytes(compute.torch_device()))
 
 
 def _loss(teacher: Any, said: Said | None) -> Loss:

@@ -16,7 +16,6 @@ from torch import Tensor
 from moecule.checkpoint import Checkpoint
 from moecule.data import Sampling, check_tokens, read_texts, split_windows, window_length
 from moecule.errors import CheckpointError, DataError, OutputError, RecipeError
-from moecule.evidence import FILE as EVIDENCE
 from moecule.files import parse_json, write_text
 from moecule.folder import HEALED
 from moecule.hf import skeleton
@@ -160,6 +159,4 @@ def write_taught(
     config = dict(parse_json((made / "config.json").read_text(encoding="utf-8")))
     config["moecule"] = {**config.get("moecule", {}), **noted}
     write_text(made / "config.json", json.dumps(config, indent=2) + "\n")
-    for stale in ("result.json", EVIDENCE, "report.html", "report.md"):  # of what it was before
-        (made / stale).unlink(missing_ok=True)
     write_text(made / FILE, json.dumps({n: asdict(t) for n, t in trained.items()}) + "\n")

@@ -104,7 +104,7 @@ class Trained:
     best: float | None = None
     best_step: int = 0
     steps: int = 0  # that were made
-    history: list[tuple[int, float, float | None]] = field(default_factory=list)
+    history: list[tuple[int, float | None, float | None]] = field(default_factory=list)
     stopped: str | None = None  # why, where it was before the last step
 
     @staticmethod
@@ -154,7 +154,7 @@ def train(
         raise RecipeError("nothing of the model is to be trained; name other parts (--parts)")
     check_batch(schedule, ranks.size)
     figure = None if check is None else partial(_figure, model, check)
-    with _in_memory(schedule, windows.shape[1]):
+    with _in_memory():
         run = _begin(named, schedule, figure, folder, ranks, rates or {})
         run.stored = stored or {}
         for _ in range(run.done.steps):
@@ -190,14 +190,13 @@ def _figure(model: Any, check: Check) -> float:
 
 
 @contextmanager
-def _in_memory(schedule: Schedule, length: int) -> Iterator[None]:
+def _in_memory() -> Iterator[None]:
     """Raises RecipeError where a step finds no room."""
     try:
         yield
     except torch.OutOfMemoryError as e:
-        each, said = schedule.micro or schedule.batch, str(e).split(". ")[0]
         raise RecipeError(
-            f"{each} windows of {length} tokens at a time find no room ({said}); give fewer (--micro), a "
+            f"a step finds no room ({str(e).split('. ')[0]}); give fewer windows at a time (--micro), a "
             "shorter --length, --checkpointing, or --parts that move less"
         ) from e
 
@@ -224,7 +223,11 @@ def _begin(
 ) -> _Run:
     """At the first step, or where a killed run was."""
     groups = [
-        {"params": [p], "weight_decay": schedule.decay * (p.dim() > 1), "share": rates.get(n, 1.0)}
+        {
+            "params": [p],
+            "weight_decay": schedule.decay * _decays(n, p, rates),
+            "share": rates.get(n, 1.0),
+        }
         for n, p in named.items()
     ]
     optimiser = torch.optim.AdamW(groups, lr=schedule.lr, betas=BETAS, fused=True)
@@ -235,6 +238,11 @@ def _begin(
     if began is not None and not math.isfinite(began):
         raise RecipeError(f"the model's held-out loss is {began}; it is damaged, make it again")
     return _Run(named, optimiser, _copied(named), Trained(began, began), ranks)
+
+
+def _decays(name: str, parameter: Tensor, rates: Mapping[str, float]) -> bool:
+    """Matrices do; not what has a rate of its own (scales), or biases that lie together."""
+    return parameter.dim() > 1 and name not in rates and not name.endswith("bias")
 
 
 def _step(
@@ -296,7 +304,12 @@ def _note(run: _Run, step: int, value: float, check: Check | None) -> None:
             done.best, done.best_step, run.best = found, step, kept
     elif done.stopped is None:
         done.best_step, run.best = step, kept
-    done.history.append((step, value, found))
+    done.history.append((step, _finite(value), _finite(found)))
+
+
+def _finite(value: float | None) -> float | None:
+    """None for what JSON has no number for."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _save(run: _Run, folder: Path) -> None:

@@ -97,6 +97,11 @@ def learn_masks(
     checkpoint, masks = _opened(folder)
     options: otp.Options = learner(masks)[1].options
     seen, held = learning_windows(checkpoint, data, options, sampling)
+    if len(held) < ranks.size:
+        raise DataError(
+            f"{ranks.size} processes share {len(held)} windows that masks are checked on; start fewer, or "
+            "give more text"
+        )
     noted = dict(checkpoint.config["moecule"])
     earlier = noted.pop(LEARNT, None)
     request = {

@@ -10,8 +10,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from moecule.checkpoint import Checkpoint
+from moecule.checkpoint import INDEX, Checkpoint
 from moecule.files import save_whole, writing
+from moecule.folder import side_files
 from moecule.hf import Streamed, skeleton
 from moecule.train.low_rank import merged, updates
 from moecule.train.shards import whole
@@ -58,21 +59,27 @@ def stored_as(student: Student, prefix: str = "") -> dict[str, torch.dtype]:
 
 
 def write_changed(checkpoint: Checkpoint, moved: Mapping[str, Tensor], folder: Path) -> None:
-    """The checkpoint with other values for some tensors, into `folder`, file by file; config too.
+    """The checkpoint with other values for some tensors, into `folder`; config, tokenizer and plan too.
 
+    Weights that lie there in another form are left behind, for they have not moved.
     Raises OutputError where there is no room.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    for file in sorted(checkpoint.path.iterdir()):
-        if file.suffix == ".safetensors":
-            with safe_open(file, "pt") as f:
-                names = list(f.keys())
-                tensors = {n: moved[n] if n in moved else f.get_tensor(n) for n in names}
-            save_whole({n: t.contiguous() for n, t in tensors.items()}, folder / file.name)
-        elif file.is_file() and not file.name.startswith("."):
-            with writing(folder / file.name):
-                shutil.copyfile(file, folder / file.name)
+    for name in sorted({info.file for info in checkpoint.stored.values()}):
+        with safe_open(checkpoint.path / name, "pt") as f:
+            tensors = {n: moved[n] if n in moved else f.get_tensor(n) for n in list(f.keys())}
+        save_whole({n: t.contiguous() for n, t in tensors.items()}, folder / name)
+    source = checkpoint.path
+    ours = (
+        "plan.yaml",
+        "plan.channels",
+        *(("README.md",) if (source / "plan.yaml").is_file() else ()),
+    )
+    others = [source / n for n in ("config.json", INDEX, *ours) if (source / n).is_file()]
+    for file in [*side_files(source), *sorted(source.glob("*.py")), *others]:
+        with writing(folder / file.name):
+            shutil.copyfile(file, folder / file.name)
 
 
 class Shelf(Mapping[str, Tensor]):

@@ -12,8 +12,8 @@ methods/slimmoe.py and sensitivity.py, distilling is heal.py's. What comes out i
 
 Differences from the paper, whose text was not at hand:
 - How many stages, which widths in between, how long each and at which rates is not known to us. Ours:
-  widths fall by the same factor from stage to stage (in multiples of `multiple`), every stage takes
-  one share of the steps and the last two, and only in the last does the rate fall.
+  widths fall by the same factor from stage to stage (in multiples of `multiple`), every stage but the
+  last takes a tenth of the steps, and only in the last does the rate fall (experiments/slimmoe).
 - The first stage scores by `signal`, for there the model is its own teacher; later ones by the 8 likeliest.
 - The best by held-out KL of each stage goes on, not the last.
 """
@@ -39,7 +39,7 @@ from moecule.checkpoint import Checkpoint
 from moecule.errors import DataError, OutputError, RecipeError
 from moecule.files import parse_json, write_text
 from moecule.hf import PACKED, skeleton
-from moecule.journal import journal_of, only_one, placed, sweep
+from moecule.journal import making, only_one, sweep
 from moecule.session import (
     Compute,
     Progress,
@@ -57,7 +57,7 @@ from moecule.train.loop import Trained, check_batch
 from moecule.train.sensitivity import Felt, feel
 from moecule.train.stages import Slimming, Stage, stages_of
 from moecule.train.student import check_plain, check_shared, open_teacher
-from moecule.verbs import AUTO, MADE, put_in_place
+from moecule.verbs import AUTO
 from moecule.writer import check_out, move_into
 
 SLIM = "slim"  # in config.json: the request of which the checkpoint is a stage
@@ -134,11 +134,12 @@ def in_stages(
     progress: Progress = silent,
 ) -> Slimmed:
     """`slim` on windows that are given; those `held` out say which state of each stage is best."""
-    ranks = compute.ranks
+    ranks, theirs = compute.ranks, open_checkpoint(teacher)
     stages = check_slimming(checkpoint, slimming, lesson, ranks.size)
     request = {
         "processes": ranks.size,
-        "digests": [checkpoint.digest, open_checkpoint(teacher).digest],
+        "digests": [checkpoint.digest, theirs.digest],
+        "dtype": str(compute.torch_dtype(theirs.config)),  # in which it speaks, and all is scored
         "tokens": [digest([windows]), digest([held])],
         **json.loads(json.dumps({"slimming": asdict(slimming), "lesson": asdict(lesson)})),
     }
@@ -276,18 +277,15 @@ def _cut(job: _Job, s: int, source: Path, windows: Int[Tensor, "N S"]) -> None:
         if ranks.is_first and SLIM in open_checkpoint(folder).config.get("moecule", {}):
             shutil.rmtree(folder)
     ranks.wait()
-    if ranks.is_first:
-        check_out(folder, placed(folder))
-    with journal_of(folder, job.note(s), ranks) as journal:
+    with making(folder, job.note(s), ranks) as journal:
         if not journal.is_written:
             felt = _felt(job, s, source, windows)
             if ranks.is_first:
-                made = journal.folder / MADE
+                made = journal.made
                 shutil.rmtree(made, ignore_errors=True)
                 streamed = stream(source, replace(job.compute, device="cpu", dtype="float32"))
                 groups = {} if stage.groups is None else felt.groups_kept(stage.groups)
                 cut(streamed, felt.channels_kept(stage.width), groups, made, {SLIM: job.note(s)})
-        put_in_place(journal, folder)
 
 
 def _felt(job: _Job, s: int, source: Path, windows: Int[Tensor, "N S"]) -> Felt:

@@ -16,6 +16,7 @@ class Slimming:
     width: int | None = None  # channels of every expert; None: all
     groups: int | None = None  # of attention heads, in every layer; None: all
     stages: int = 2
+    early: float = 0.1  # share of the steps that each stage but the last has
     multiple: int = 32  # of which the widths in between are multiples
     signal: str = "topk_ce"  # of SIGNALS: the loss of the first stage's scores
     full: bool = False  # score channels by all three slices, not by the down projection's alone
@@ -29,6 +30,11 @@ class Slimming:
         for name in ("stages", "multiple", "samples", "batch"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} = {getattr(self, name)}, wanted 1 or more")
+        if not 0 < self.early * max(1, self.stages - 1) < 1:
+            raise RecipeError(
+                f"early = {self.early:g} of the steps for each of {self.stages - 1} stages before the last "
+                "one, wanted more than 0, and less than all of them together"
+            )
         if self.signal not in SIGNALS:
             raise RecipeError(f"signal = {self.signal!r}, wanted one of {', '.join(SIGNALS)}")
         if self.width is None and self.groups is None:
@@ -50,7 +56,7 @@ def stages_of(slimming: Slimming, full: int, steps: int) -> tuple[Stage, ...]:
     >>> [s.width for s in stages_of(Slimming(width=960), 6400, 300)]
     [2464, 960]
     >>> [s.steps for s in stages_of(Slimming(width=448, stages=3), 6400, 300)]
-    [75, 75, 150]
+    [30, 30, 240]
 
     Raises RecipeError for widths that do not fall from stage to stage, or steps that are too few.
     """
@@ -66,11 +72,12 @@ def stages_of(slimming: Slimming, full: int, steps: int) -> tuple[Stage, ...]:
             f"{n} stages from {full} to {last} channels in multiples of {unit} are {widths}, wanted each "
             "below the one before; give fewer --stages, another --width or a smaller --multiple"
         )
-    parts = n if n == 1 else n + 1  # the last takes two
-    ends = [steps * s // parts for s in range(n)] + [steps]
-    counts = [b - a for a, b in pairwise(ends)]
+    each = round(slimming.early * steps)
+    counts = [each] * (n - 1) + [steps - each * (n - 1)]
     if min(counts) < 1:
-        raise RecipeError(f"{steps} steps are too few for {n} stages; give {parts} or more")
+        raise RecipeError(
+            f"{steps} steps are shared {counts} by {n} stages, wanted 1 or more for each; give more"
+        )
     return tuple(
         Stage(width, slimming.groups if s + 1 == n else None, count)
         for s, (width, count) in enumerate(zip(widths[1:], counts, strict=True))

@@ -14,6 +14,7 @@ Several processes share the windows. A stock model is sharded by transformers' o
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -43,7 +44,7 @@ from moecule.hf import (
 )
 from moecule.moe import experts_in, find_layers, find_moe
 from moecule.names import names_in_memory
-from moecule.session import Compute, load, open_checkpoint
+from moecule.session import Compute, check_whole, load, open_checkpoint
 from moecule.states import free_bytes
 from moecule.train.low_rank import adapt, average, updates
 from moecule.train.shards import whole
@@ -96,15 +97,14 @@ def open_student(
     *,
     parts: Sequence[str] = ("all",),
     experts_over: int = 1,
-    beside: int = 0,
 ) -> Student:
     """Open a model to be trained: `parts` of it move. `experts_over`: processes that share experts.
 
-    `beside`: bytes of what is held besides, such as a teacher.
     Raises RecipeError for parts that the model has none of, too little memory, or experts that processes
     cannot share; CheckpointError where it does not load.
     """
     check_parts(parts)
+    gc.collect()  # an earlier student whose forwards hold their modules
     checkpoint, ranks = open_checkpoint(model), compute.ranks
     check_plain(checkpoint)
     packed = checkpoint.config["model_type"] == PACKED
@@ -114,7 +114,7 @@ def open_student(
     if ranks.size == 1 or packed:
         found = load(model, compute)
     else:
-        found = _sharded(checkpoint, ranks.size, experts_over)
+        found = _sharded(checkpoint, compute, experts_over)
     if packed:
         thaw(found)
     else:
@@ -123,7 +123,7 @@ def open_student(
     dtypes = {n: checkpoint.tensors[of[0]].dtype for n, of in disk.items()}
     student = Student(found, checkpoint, family, compute, packed, disk, dtypes)
     mark(student, parts)
-    _check_memory(student, beside)
+    _check_memory(student)
     if packed and ranks.size > 1:
         for layer in find_layers(found)[1]:
             fully_shard(layer)
@@ -194,24 +194,36 @@ def check_shared(
         )
 
 
-def _sharded(checkpoint: Checkpoint, size: int, experts_over: int) -> Any:
+def _sharded(checkpoint: Checkpoint, compute: Compute, experts_over: int) -> Any:
     """A stock model, of which every process holds its shards."""
     from transformers.distributed import DistributedConfig
 
+    device, size = compute.torch_device().type, compute.ranks.size
+    there = torch.accelerator.current_accelerator()
+    if there is not None and there.type != device:  # transformers asks for no device here
+        raise RecipeError(
+            f"several processes train where the accelerator is ({there.type}), not on {device}; leave out "
+            "--device, or start one process"
+        )
+    trust = compute.trust_remote_code
     over = {"ep_size": experts_over} if experts_over > 1 else {}
     try:
         with quiet():
-            settings = AutoConfig.from_pretrained(checkpoint.path)
-            return auto_class(type(settings)).from_pretrained(
+            settings = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust)
+            found, told = auto_class(type(settings)).from_pretrained(
                 checkpoint.path,
                 dtype=torch.float32,
                 distributed_config=DistributedConfig(fsdp_size=size, **over),
+                trust_remote_code=trust,
+                output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, KeyError) as e:
         said = next(iter(str(e).splitlines()), type(e).__name__)
         raise CheckpointError(
-            f"{checkpoint.path} cannot be shared out: {said}; train in one process"
+            f"{checkpoint.path} cannot be shared out by {size} processes: {said}; start fewer"
         ) from e
+    check_whole(checkpoint, told)
+    return found
 
 
 def mark(student: Student, parts: Sequence[str], *, strict: bool = True) -> None:
@@ -283,11 +295,11 @@ def _matrices(model: Any, routers: set[str]) -> dict[str, nn.Linear]:
     }
 
 
-def _check_memory(student: Student, beside: int) -> None:
+def _check_memory(student: Student) -> None:
     """Raise RecipeError where AdamW's moments and gradients have no room, and say what has."""
     device = student.compute.torch_device()
     free = free_bytes(device)
-    wanted = TRAINED_BYTES * student.trainable // student.compute.ranks.size + beside
+    wanted = TRAINED_BYTES * student.trainable // student.compute.ranks.size
     if wanted > free:
         few = TRAINED_BYTES * sum(p.numel() for p in student.model.parameters() if p.dim() == 1)
         raise RecipeError(
