@@ -31,8 +31,8 @@ from moecule.taer import patterns
 from moecule.train.fit import Fitted, Fitting, fit
 from moecule.train.heal import Healed, heal
 from moecule.train.lesson import Lesson
-from moecule.train.loop import Schedule
 from moecule.train.masks import Learnt, learn_masks
+from moecule.train.schedule import Schedule
 from moecule.train.slim import Slimmed, slim
 from moecule.train.stages import Slimming
 from moecule.verbs import Ask, apply, calibrate, plan, read_plan

@@ -79,7 +79,7 @@ def parts_of(given: str | None) -> tuple[str, ...]:
 
 def schedule_of(**given: Any) -> Any:
     """A schedule of what was given. Raises RecipeError for what cannot be."""
-    from moecule.train.loop import Schedule
+    from moecule.train.schedule import Schedule
 
     return Schedule(**{k: v for k, v in given.items() if v is not None})
 

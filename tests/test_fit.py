@@ -23,8 +23,8 @@ from moecule.session import Compute
 from moecule.train import loop
 from moecule.train.fit import Fitting, fit, renew_routers
 from moecule.train.lesson import Lesson, lesson_windows
-from moecule.train.loop import Schedule
 from moecule.train.losses import next_token
+from moecule.train.schedule import Schedule
 from moecule.train.student import open_student
 
 COMPUTE = Compute(device="cpu")
@@ -142,7 +142,7 @@ def test_it_goes_on_where_it_was_killed(model, text, tmp_path, monkeypatch):
     how = replace(QUICK, router_steps=3, new_routers=True, capacity=0.5)
     given: dict[str, Any] = {"fitting": how, "data": text, "compute": COMPUTE}
     fit(model, tmp_path / "whole", **given)
-    saves, real = [], loop._save
+    saves, real = [], loop.save
 
     def save(*args: Any) -> None:
         real(*args)
@@ -150,7 +150,7 @@ def test_it_goes_on_where_it_was_killed(model, text, tmp_path, monkeypatch):
         if len(saves) == 2:  # in the midst of the second part
             raise KilledError
 
-    monkeypatch.setattr(loop, "_save", save)
+    monkeypatch.setattr(loop, "save", save)
     with pytest.raises(KilledError):
         fit(model, tmp_path / "killed", **given)
     assert not (tmp_path / "killed").exists()

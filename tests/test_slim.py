@@ -19,7 +19,7 @@ from moecule.checkpoint import Checkpoint
 from moecule.errors import CheckpointError, DataError, OutputError, RecipeError
 from moecule.train.heal import heal
 from moecule.train.lesson import Lesson
-from moecule.train.loop import Schedule
+from moecule.train.schedule import Schedule
 from moecule.train.slim import slim
 from moecule.train.stages import Slimming, Stage, stages_of
 

@@ -25,8 +25,9 @@ from moecule.session import Compute, open_checkpoint
 from moecule.train import loop, student
 from moecule.train.heal import heal
 from moecule.train.lesson import Lesson, lesson_windows
-from moecule.train.loop import Schedule, Trained, train
+from moecule.train.loop import train
 from moecule.train.losses import distil, distil_top_k, next_token, top_k_of
+from moecule.train.schedule import Schedule, Trained
 from moecule.train.student import PARTS, check_shared, open_student
 from moecule.train.thaw import freeze, thaw, thawed_names
 
@@ -376,7 +377,7 @@ def test_healing_goes_on_where_it_was_killed(
     lesson = Lesson(schedule=QUICK, by_layer=by_layer, length=24)
     how = {"lesson": lesson, "data": text, "compute": COMPUTE}
     heal(source, teacher, tmp_path / "whole", **how)
-    saves, real = [], loop._save
+    saves, real = [], loop.save
 
     def save(*args: Any) -> None:
         real(*args)
@@ -384,7 +385,7 @@ def test_healing_goes_on_where_it_was_killed(
         if len(saves) == (3 if by_layer else 1):
             raise KilledError
 
-    monkeypatch.setattr(loop, "_save", save)
+    monkeypatch.setattr(loop, "save", save)
     with pytest.raises(KilledError):
         heal(source, teacher, tmp_path / "killed", **how)
     assert not (tmp_path / "killed").exists()

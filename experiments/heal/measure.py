@@ -28,7 +28,7 @@ from moecule.recipe import load_recipe
 from moecule.session import load
 from moecule.train.heal import heal
 from moecule.train.lesson import Lesson
-from moecule.train.loop import Schedule
+from moecule.train.schedule import Schedule
 from moecule.verbs import AUTO, apply, calibrate, plan
 
 HERE = Path(__file__).parent

@@ -39,8 +39,8 @@ from moecule.text import calibration_batches
 from moecule.train.cut import width_of
 from moecule.train.heal import heal
 from moecule.train.lesson import Lesson
-from moecule.train.loop import Schedule, Trained
 from moecule.train.losses import distil
+from moecule.train.schedule import Schedule, Trained
 from moecule.train.slim import slim
 from moecule.train.stages import Slimming
 

@@ -17,7 +17,7 @@ from bench.cases import FLOAT32
 from moecule.session import Compute, stream
 from moecule.train.cut import width_of
 from moecule.train.lesson import Lesson
-from moecule.train.loop import Schedule
+from moecule.train.schedule import Schedule
 from moecule.train.slim import slim
 from moecule.train.stages import Slimming
 

@@ -45,8 +45,9 @@ from moecule.moe import experts_in, find_layers, find_moe, listening
 from moecule.recipe import load_recipe
 from moecule.session import load, stream, tokenizer_of
 from moecule.train.fit import Fitting, learning, renew_routers
-from moecule.train.loop import Schedule, train
+from moecule.train.loop import train
 from moecule.train.moved import changes, write_changed
+from moecule.train.schedule import Schedule
 from moecule.train.student import Student, mark, open_student
 
 HERE = Path(__file__).parent

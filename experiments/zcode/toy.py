@@ -39,7 +39,8 @@ from moecule.plan import Plan
 from moecule.recipe import load_recipe
 from moecule.session import stream
 from moecule.train.capacity import Select, balancing, limiting
-from moecule.train.loop import Schedule, train
+from moecule.train.loop import train
+from moecule.train.schedule import Schedule
 
 HERE = Path(__file__).parent
 HALVES = ((0, 1), (2, 3))  # languages that each of two sources is trained to say

@@ -23,8 +23,9 @@ from moecule.batch import Batch
 from moecule.files import parse_json, save_whole, write_text
 from moecule.hf import PACKED, Streamed
 from moecule.journal import Trail
-from moecule.train.loop import Schedule, Trained, train
+from moecule.train.loop import train
 from moecule.train.moved import stored_as
+from moecule.train.schedule import Schedule, Trained
 from moecule.train.student import Student, mark, relative_rates
 from moecule.train.thaw import freeze, thaw
 from moecule.walk import Step, Tick, walk

@@ -46,9 +46,10 @@ from moecule.train.lesson import (
     warn_of_stops,
     write_taught,
 )
-from moecule.train.loop import Loss, Schedule, Trained, train
+from moecule.train.loop import Loss, train
 from moecule.train.losses import next_token
 from moecule.train.moved import changes, stored_as
+from moecule.train.schedule import Schedule, Trained
 from moecule.train.student import Student, check_plain, open_student, save_memory
 from moecule.verbs import AUTO
 

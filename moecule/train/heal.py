@@ -50,9 +50,10 @@ from moecule.train.lesson import (
     warn_of_stops,
     write_taught,
 )
-from moecule.train.loop import Loss, Trained, train
+from moecule.train.loop import Loss, train
 from moecule.train.losses import distil, distil_top_k
 from moecule.train.moved import Shelf, changes, stored_as
+from moecule.train.schedule import Trained
 from moecule.train.student import (
     TRAINED_BYTES,
     Student,

@@ -21,8 +21,8 @@ from moecule.folder import HEALED
 from moecule.hf import skeleton
 from moecule.ranks import Ranks
 from moecule.session import ASSETS, open_checkpoint, tokenizer_of
-from moecule.train.loop import Schedule, Trained
 from moecule.train.moved import write_changed
+from moecule.train.schedule import Schedule, Trained
 from moecule.train.student import check_parts
 
 TOGETHER = 8  # windows that the teacher is asked, or the student checked on, at once

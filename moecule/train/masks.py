@@ -51,8 +51,9 @@ from moecule.session import (
 )
 from moecule.states import free_bytes
 from moecule.text import HELD_OUT
-from moecule.train.loop import Schedule, Trained, train
+from moecule.train.loop import train
 from moecule.train.masked import Pupil, Settled, loss_of, settle
+from moecule.train.schedule import Schedule, Trained
 from moecule.verbs import AUTO, DEFAULT_SAMPLING
 
 BESIDE = "masks"  # in the folder: what a killed run goes on from lies beside this name

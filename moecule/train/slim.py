@@ -53,7 +53,8 @@ from moecule.states import free_bytes
 from moecule.train.cut import cut, slim_keys, width_of
 from moecule.train.heal import teach
 from moecule.train.lesson import Lesson, check_teacher, history, lesson_windows, noted
-from moecule.train.loop import Trained, check_batch
+from moecule.train.loop import check_batch
+from moecule.train.schedule import Trained
 from moecule.train.sensitivity import Felt, feel
 from moecule.train.stages import Slimming, Stage, stages_of
 from moecule.train.student import check_plain, check_shared, open_teacher
