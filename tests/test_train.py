@@ -32,6 +32,9 @@ from moecule.train.student import PARTS, check_shared, open_student
 from moecule.train.thaw import freeze, thaw, thawed_names
 
 COMPUTE = Compute(device="cpu")
+DEVICE = (
+    "cuda" if torch.cuda.is_available() else "cpu"
+)  # of what is tested where there is a GPU, too
 QUICK = Schedule(steps=4, batch=4, every=2, lr=3e-3)
 LINES = "The cat sat on the mat, and {n} more came by; all {n} of them were fed at {n} o'clock. "
 
@@ -163,12 +166,12 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path):
         pass
 
     def noisy(model: Any, x: Tensor) -> Tensor:
-        return model.error(x) * torch.rand(())  # noise is a step's own, too
+        return model.error(x) * torch.rand((), device=x.device)  # noise is a step's own, too
 
     windows = torch.arange(1, 9)[:, None]
 
     def run(folder: Path, until: int = 99) -> Line:
-        line = Line()
+        line = Line().to(DEVICE)
 
         def after(step: int) -> None:
             if step == until:
@@ -515,6 +518,17 @@ def test_two_processes_train_what_one_trains(kind, more, packed, checkpoint, tex
     assert two["began"] == pytest.approx(held_out(one).began, abs=1e-5)
     for (_, a, b), (_, c, d) in zip(held_out(one).history, two["history"], strict=True):
         assert (a, b) == pytest.approx((c, d), abs=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+def test_two_gpus_train_what_one_trains(packed, checkpoint, text, tmp_path):
+    teacher, told = checkpoint("mixtral", tokenizer=True), []
+    for n in (1, 2):
+        ended = run(tmp_path / str(n), packed("mixtral"), teacher, text, n, "--device", "cuda")
+        assert ended.returncode == 0, ended.stderr
+        told.append(json.loads((tmp_path / str(n) / "healing.json").read_text())["all"])
+    for (_, a, b), (_, c, d) in zip(*(of["history"] for of in told), strict=True):
+        assert (a, b) == pytest.approx((c, d), abs=1e-4)  # products are taken in another order
 
 
 @pytest.mark.parametrize("kind", ["packed", pytest.param("stock", marks=pytest.mark.slow)])
