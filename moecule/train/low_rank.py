@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moecule.ranks import Ranks
 from moecule.train.shards import whole
 
 RANK = 16
@@ -45,19 +44,6 @@ def adapt(matrices: Mapping[str, nn.Linear], dtypes: Mapping[str, torch.dtype]) 
     for name, module in matrices.items():
         module.add_module(UPDATE, LowRank(module.weight, dtypes[f"{name}.weight"]))
         module.forward = partial(_forward, module)
-
-
-def average(model: nn.Module, ranks: Ranks) -> None:
-    """Let updates that lie whole in every process move by the gradient of all processes' windows."""
-
-    @torch.no_grad()
-    def mean(parameter: Tensor) -> None:
-        assert parameter.grad is not None  # it has just been added to
-        parameter.grad.copy_(ranks.add_up(parameter.grad) / ranks.size)
-
-    for update in updates(model).values():
-        for parameter in update.parameters():
-            parameter.register_post_accumulate_grad_hook(mean)
 
 
 def updates(model: nn.Module) -> dict[str, LowRank]:

@@ -23,6 +23,7 @@ from moecule.moe import find_layers, find_moe
 from moecule.ranks import SOLO, Ranks
 from moecule.train.loop import Loss
 from moecule.train.losses import distil
+from moecule.train.shards import average
 from moecule.train.thaw import hold, thaw, thawed_forward
 
 EXPERTS = "moecule_masked"  # the name of `masked_forward` in transformers' experts interface
@@ -117,15 +118,7 @@ class Pupil(nn.Module):
                 self.layers[i] = moe.experts.masks = made
         self.price = nn.Parameter(torch.zeros(1, device=model.device))
         if ranks.size > 1:
-            for parameter in self.parameters():
-                if parameter.requires_grad:
-                    parameter.register_post_accumulate_grad_hook(self._average)
-
-    @torch.no_grad()
-    def _average(self, parameter: Tensor) -> None:
-        """The gradient of all processes' windows. Averages of what is averaged already stay."""
-        assert parameter.grad is not None  # it has just been added to
-        parameter.grad.copy_(self.ranks.add_up(parameter.grad) / self.ranks.size)
+            average((p for p in self.parameters() if p.requires_grad), ranks)
 
     def forward(
         self, how: Literal["all", "drawn", "hard"], ids: Int[Tensor, "B S"]

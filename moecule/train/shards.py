@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from moecule.ranks import Ranks
+
 
 def whole(tensor: Any) -> Tensor:
     """A plain tensor of a shard's: what all processes hold together."""
@@ -28,6 +30,18 @@ def give_back(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def average(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
+    """Let what lies whole in every process move by the gradient of all processes' windows."""
+
+    @torch.no_grad()
+    def mean(parameter: Tensor) -> None:
+        assert parameter.grad is not None  # it has just been added to; averages of averages stay
+        parameter.grad.copy_(ranks.add_up(parameter.grad) / ranks.size)
+
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(mean)
 
 
 @torch.no_grad()

@@ -46,8 +46,8 @@ from moecule.moe import experts_in, find_layers, find_moe
 from moecule.names import names_in_memory
 from moecule.session import Compute, check_whole, load, open_checkpoint
 from moecule.states import free_bytes
-from moecule.train.low_rank import adapt, average, updates
-from moecule.train.shards import whole
+from moecule.train.low_rank import adapt, updates
+from moecule.train.shards import average, whole
 from moecule.train.thaw import PLAIN, thaw, thawed_names
 
 Part = Literal["scales", "router", "norms", "lora", "experts", "all"]
@@ -129,7 +129,7 @@ def open_student(
             fully_shard(layer)
         fully_shard(found)
     elif ranks.size > 1:  # shards were made before there were updates
-        average(found, ranks)
+        average((p for u in updates(found).values() for p in u.parameters()), ranks)
     found.config.use_cache = False
     return student
 
