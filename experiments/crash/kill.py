@@ -38,7 +38,9 @@ POLL_S = 0.01
 NOTED = ("request", "up", "down", "original_up", "sums", "done")
 LAYERS = (" up ", " down ", " original_up ")
 CHECK = ("apply: done written", "config.json")  # at its end, and soon after
-MEASURED = ("prefill_tokens_per_s", "decode_tokens_per_s", "peak_memory_bytes", "seconds")
+MEASURED = (
+    "prefill_tokens_per_s", "decode_tokens_per_s", "read_bytes_per_s", "peak_memory_bytes", "seconds",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Kill:
     start_s: float  # of CPU, of a run that goes on there
     took_s: float  # of CPU, by the second run
     took_clock_s: float
-    same: bool  # every byte of every file, times in result.json apart
+    same: bool  # every byte of every file, times and memory apart
     clean: bool  # nothing hidden lies in or beside the folder
 
 
@@ -156,14 +158,20 @@ def _lines(file: Path) -> list[dict[str, Any]]:
 
 
 def content(out: Path) -> dict[str, bytes]:
-    """Every file, hidden ones too; of result.json what is not a time or a memory."""
+    """Every file, hidden ones too; of what was measured neither times nor memory, nor where it lies."""
     files = {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
-    if "result.json" in files:
-        doc = json.loads(files["result.json"])
-        files["result.json"] = json.dumps(
-            {k: v for k, v in doc.items() if k not in MEASURED}
-        ).encode()
+    for name in ("result.json", "evidence.json"):
+        if name in files:
+            said = json.dumps(_lasting(json.loads(files[name])))
+            files[name] = said.replace(str(out), "OUT").encode()
     return files
+
+
+def _lasting(said: Any) -> Any:
+    """Without what is another number each time."""
+    if isinstance(said, dict):
+        return {k: _lasting(v) for k, v in said.items() if k not in MEASURED}
+    return [_lasting(v) for v in said] if isinstance(said, list) else said
 
 
 def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
