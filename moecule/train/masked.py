@@ -187,21 +187,27 @@ def settle(pupil: Pupil, windows: Int[Tensor, "N S"], each: int) -> Settled:
 
 
 def _offset(scores: list[Float32[Tensor, "_T _K"]], aim: float, ranks: Ranks) -> float:
-    """The highest with which these scores run no more than `aim` of the pairs."""
+    """One with which these scores run as many of the pairs as can be, but no more than `aim`.
 
-    def keep(offset: float) -> float:
+    In the middle of all that do: at the edge, rounding would turn a pair.
+    """
+
+    def ran(offset: float) -> float:
         run = sum(otp.hard(shifted(s, offset)).sum() for s in scores)
-        counts = torch.stack([torch.as_tensor(run), torch.tensor(0, device=scores[0].device)])
-        counts[1] = sum(s.numel() for s in scores)
-        ran, pairs = ranks.add_up(counts.double().cpu()).tolist()
-        return float(ran / pairs)
+        return float(ranks.add_up(torch.as_tensor(run).double().cpu()))
 
+    def edge(low: float, high: float, most: float) -> tuple[float, float]:
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if ran(middle) <= most else (low, middle)
+        return low, high
+
+    count = torch.tensor(sum(s.numel() for s in scores), dtype=torch.float64)
+    pairs = float(ranks.add_up(count))
     spread = torch.stack([s.amax() - s.amin() for s in scores]).amax()
     reach = 1.0 + float(ranks.add_up(spread.double().cpu(), greatest=True))
-    low, high = -reach, reach
-    if keep(high) <= aim:
-        return high
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if keep(middle) <= aim else (low, middle)
-    return low
+    if ran(reach) <= aim * pairs:
+        return reach
+    highest, _ = edge(-reach, reach, aim * pairs)
+    _, lowest = edge(-reach, highest, ran(highest) - 0.5)
+    return (lowest + highest) / 2
