@@ -21,7 +21,6 @@ Differences from the paper:
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from torch import Tensor
 
 from moecule.errors import CheckpointError, RecipeError
 from moecule.files import write_text, writing
-from moecule.folder import HEALED, side_files
+from moecule.folder import HEALED, copy_into, side_files
 from moecule.hf import Streamed, open_model, skeleton
 from moecule.journal import making, sweep
 from moecule.moe import Moe, by_expert, find_layers, find_moe, try_router
@@ -172,9 +171,7 @@ def _write(
             source.layers[i].to("meta")
         tick()
     writer.close()
-    for file in side_files(first.checkpoint.path):
-        with writing(made / file.name):
-            shutil.copyfile(file, made / file.name)
+    copy_into(made, side_files(first.checkpoint.path))
     open_model(open_checkpoint(made), torch.float32, torch.device("cpu"), empty=True)
 
 

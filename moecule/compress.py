@@ -13,9 +13,8 @@ import torch
 
 from moecule.apply import check_target, key_of
 from moecule.ask import Ask, foresee
-from moecule.chat import is_chat
 from moecule.data import Sampling
-from moecule.errors import DataError, OutputError
+from moecule.errors import OutputError
 from moecule.evaluate import evaluate
 from moecule.evidence import gather, load_evidence, noting, save_evidence
 from moecule.files import write_text
@@ -29,7 +28,7 @@ from moecule.recipe import Recipe, load_recipe
 from moecule.result import Result, load_result
 from moecule.session import Compute, Progress, open_checkpoint, silent, stream
 from moecule.text import evaluation_batches
-from moecule.train.masks import learn_masks
+from moecule.train.masks import check_text, learn_masks
 from moecule.verbs import AUTO, NO_WISH, apply, calibrate, plan, read_plan
 from moecule.writer import check_out
 
@@ -171,8 +170,8 @@ def _check(
         foreseen = replace(foresee(recipe, ask, inventory), made_by={"target": ask.target})
         check_target(foreseen, key_of(streamed, foreseen), streamed.family)
     learns = None if recipe.skip is None else load_method(recipe.skip.method, "needs").learn
-    if learns is not None and data is not None and is_chat(data):
-        raise DataError(f"masks are learnt from text, and {data} holds conversations; give --data")
+    if learns is not None and data is not None:
+        check_text(data)
     if text:
         evaluation_batches(streamed.model.config, path, text, 0, None, recipe.data)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,13 @@ def side_files(source: Path) -> list[Path]:
         and not file.name.endswith(".index.json")  # of weights in another form
         and file.is_file()
     ]
+
+
+def copy_into(folder: Path, files: Iterable[Path]) -> None:
+    """The files, by their names. Raises OutputError where one cannot be written."""
+    for file in files:
+        with writing(folder / file.name):
+            shutil.copyfile(file, folder / file.name)
 
 
 # what a killed compress leaves in its folder and takes away when it goes on
@@ -117,9 +124,7 @@ def write_config(
     if noted:
         config["moecule"] = {**config.get("moecule", {}), **noted}
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    for file in side_files(source.path):
-        with writing(folder / file.name):
-            shutil.copyfile(file, folder / file.name)
+    copy_into(folder, side_files(source.path))
     save_plan(plan, folder / "plan.yaml")
     write_text(folder / "README.md", _card(source, plan, done))
 

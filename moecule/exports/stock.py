@@ -6,7 +6,6 @@ import contextlib
 import copy
 import io
 import json
-import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,8 +23,8 @@ from moecule.errors import PlanError, VerifyError
 from moecule.exports.contents import Contents
 from moecule.exports.process import logits_of
 from moecule.family import text_part
-from moecule.files import write_text, writing
-from moecule.folder import side_files
+from moecule.files import write_text
+from moecule.folder import copy_into, side_files
 from moecule.hf import PACKED, auto_class, quiet
 from moecule.moe import experts_in
 from moecule.plan import Keep
@@ -93,10 +92,8 @@ def write_rest(
     if quantized is not None:
         config[QUANTISED] = dict(quantized)
     write_text(made / "config.json", json.dumps(config, indent=2) + "\n")
-    for file in side_files(contents.checkpoint.path):
-        if file.name != "export.json":
-            with writing(made / file.name):
-                shutil.copyfile(file, made / file.name)
+    files = side_files(contents.checkpoint.path)
+    copy_into(made, (f for f in files if f.name != "export.json"))
 
 
 def logits_by_transformers(made: Path, ids: list[int]) -> Float[Tensor, "S V"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +13,8 @@ from moecule.checkpoint import INDEX, Checkpoint
 from moecule.exports.change import Change, Tally
 from moecule.exports.contents import Contents
 from moecule.exports.stock import Widths, write_rest
-from moecule.files import write_text, writing
-from moecule.folder import side_files
+from moecule.files import write_text
+from moecule.folder import copy_into, side_files
 from moecule.packed import Packed
 from moecule.writer import Writer
 
@@ -64,10 +63,8 @@ def _copied(contents: Contents, made: Path, tick: Callable[[], None]) -> tuple[C
         tally.keep_bytes(str(info.dtype).removeprefix("torch."), info.size_bytes)
     weights = {source.path / info.file for info in source.stored.values()}
     index = [source.path / INDEX] if (source.path / INDEX).is_file() else []
-    for file in [*sorted(weights), *index, *side_files(source.path)]:
-        if file.name != "export.json":
-            with writing(made / file.name):
-                shutil.copyfile(file, made / file.name)
+    others = [f for f in side_files(source.path) if f.name != "export.json"]
+    copy_into(made, [*sorted(weights), *index, *others])
     config = {key: value for key, value in source.config.items() if key != "moecule"}
     write_text(made / "config.json", json.dumps(config, indent=2) + "\n")
     for _ in range(contents.n_layers + 1):

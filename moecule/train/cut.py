@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from torch import Tensor
 from moecule.checkpoint import Checkpoint
 from moecule.errors import RecipeError
 from moecule.family import text_part
-from moecule.files import write_text, writing
-from moecule.folder import side_files
+from moecule.files import write_text
+from moecule.folder import copy_into, side_files
 from moecule.heads import Heads, attention_in, cut_heads, group_keys, heads_of
 from moecule.hf import Streamed
 from moecule.moe import experts_in, experts_of, find_layers, put_experts
@@ -114,7 +113,5 @@ def _write_config(
     if note:
         config["moecule"] = dict(note)
     text_part(config).update(keys)
-    for file in side_files(source.path):
-        with writing(out / file.name):
-            shutil.copyfile(file, out / file.name)
+    copy_into(out, side_files(source.path))
     write_text(out / "config.json", json.dumps(config, indent=2) + "\n")

@@ -16,7 +16,6 @@ Differences from the papers:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +27,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from moecule.batch import digest
 from moecule.checkpoint import Checkpoint
 from moecule.errors import CheckpointError, RecipeError
 from moecule.folder import HEALED
@@ -43,6 +41,7 @@ from moecule.train.lesson import (
     lesson_windows,
     mean_of,
     noted,
+    request_of,
     warn_of_stops,
     write_taught,
 )
@@ -116,13 +115,9 @@ def fit(
         )
     check_plain(checkpoint)
     windows, held = lesson_windows(checkpoint, data, lesson, ranks.size)
-    request = {
-        "verb": "train",
-        "processes": ranks.size,
-        "digests": [checkpoint.digest],
-        "tokens": [digest([windows]), digest([held])],
-        **json.loads(json.dumps(asdict(fitting))),
-    }
+    request = request_of(
+        ranks.size, windows, held, verb="train", digests=[checkpoint.digest], **asdict(fitting)
+    )
     if ranks.share(noted(out) == request, 0):
         sweep(out, ranks, whole=True)
         return _told(out)
@@ -266,12 +261,13 @@ def renew_routers(student: Student, seed: int) -> None:
             fresh = torch.zeros(tensor.shape)
             if name == "weight":
                 fresh.normal_(0, width, generator=lot)
-            fresh = fresh.to(student.dtypes[names[id(tensor)]]).to(tensor.dtype)
+            stored = student.dtypes[names[id(tensor)]]
+            fresh = fresh.to(stored).to(tensor.dtype)  # rounded as it will be
             if isinstance(tensor, DTensor):
                 fresh = distribute_tensor(
                     fresh.to(tensor.device), tensor.device_mesh, tensor.placements
                 )
-            tensor.copy_(fresh)  # rounded as it will be stored
+            tensor.copy_(fresh)
 
 
 def _rows(moe: Moe, experts: int) -> Iterator[tuple[str, Tensor]]:

@@ -8,7 +8,6 @@ need not fit. The best by the KL on held-out text stays, so healing never leaves
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +17,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moecule.batch import digest
 from moecule.checkpoint import Checkpoint
 from moecule.errors import RecipeError
 from moecule.files import writing
@@ -47,6 +45,7 @@ from moecule.train.lesson import (
     lesson_windows,
     mean_of,
     noted,
+    request_of,
     warn_of_stops,
     write_taught,
 )
@@ -126,14 +125,13 @@ def teach(
     check_plain(checkpoint)
     packed = checkpoint.config["model_type"] == PACKED
     parts = lesson.parts or (("scales", "router", "norms") if packed else ("all",))
-    request = {
-        "verb": "heal",
-        "processes": ranks.size,
-        "digests": [checkpoint.digest, theirs.digest],
-        "dtype": str(compute.torch_dtype(theirs.config)),  # in which it speaks
-        "tokens": [digest([windows]), digest([held])],
-        **json.loads(json.dumps(asdict(lesson) | {"parts": list(parts)})),
-    }
+    request = request_of(
+        ranks.size, windows, held,
+        verb="heal",
+        digests=[checkpoint.digest, theirs.digest],
+        dtype=str(compute.torch_dtype(theirs.config)),  # in which it speaks
+        **asdict(lesson) | {"parts": parts},
+    )  # fmt: skip
     if ranks.share(noted(out) == request, 0):
         sweep(out, ranks, whole=True)
         return Healed(out, history(out))

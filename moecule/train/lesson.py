@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moecule.batch import digest
 from moecule.checkpoint import Checkpoint
 from moecule.data import Sampling, check_tokens, read_texts, split_windows, window_length
 from moecule.errors import CheckpointError, DataError, OutputError, RecipeError
@@ -63,20 +64,19 @@ class Lesson:
 
 def check_teacher(checkpoint: Checkpoint, teacher: str | Path) -> None:
     """Raise CheckpointError for a teacher of another vocabulary."""
+    other = open_checkpoint(teacher)
     sizes = [
         skeleton(c, torch.float32)[0].config.get_text_config().vocab_size
-        for c in (checkpoint, open_checkpoint(teacher))
+        for c in (checkpoint, other)
     ]
     if sizes[0] != sizes[1]:
         raise CheckpointError(
             f"the teacher {teacher} knows {sizes[1]} tokens and {checkpoint.name} {sizes[0]}; give the "
             "model that it was made of"
         )
-    if not has_tokenizer(open_checkpoint(teacher).path):
+    if not has_tokenizer(other.path):
         return
-    own, theirs = (
-        tokenizer_of(p).get_vocab() for p in (checkpoint.path, open_checkpoint(teacher).path)
-    )
+    own, theirs = (tokenizer_of(p).get_vocab() for p in (checkpoint.path, other.path))
     differing = [token for token, at in own.items() if theirs.get(token) != at]
     if differing:
         raise CheckpointError(
@@ -109,6 +109,14 @@ def lesson_windows(
     if not even:
         raise DataError(f"{size} processes share {len(held)} held-out windows; give more text")
     return seen, held[:even]
+
+
+def request_of(
+    size: int, windows: Int[Tensor, "N S"], held: Int[Tensor, "M S"], **how: Any
+) -> dict[str, Any]:
+    """What a training run is known again by, as JSON has it; `size`: processes."""
+    tokens = {"processes": size, "tokens": [digest([windows]), digest([held])]}
+    return {**tokens, **json.loads(json.dumps(how))}
 
 
 def noted(out: Path, which: str = HEALED) -> Any:

@@ -22,7 +22,6 @@ import torch
 from jaxtyping import Float32, Int
 from torch import Tensor
 
-from moecule.batch import digest
 from moecule.budget import format_size
 from moecule.chat import is_chat
 from moecule.checkpoint import Checkpoint
@@ -51,6 +50,7 @@ from moecule.session import (
 )
 from moecule.states import free_bytes
 from moecule.text import HELD_OUT
+from moecule.train.lesson import request_of
 from moecule.train.loop import train
 from moecule.train.masked import Pupil, Settled, loss_of, settle
 from moecule.train.schedule import Schedule, Trained
@@ -105,13 +105,8 @@ def learn_masks(
         )
     noted = dict(checkpoint.config["moecule"])
     earlier = noted.pop(LEARNT, None)
-    request = {
-        "verb": "learn",
-        "processes": ranks.size,
-        "noted": noted,  # what the model was made of, and what became of it since
-        "tokens": [digest([seen]), digest([held])],
-        "how": dict(masks.how),
-    }
+    # `noted`: what the model was made of, and what became of it since
+    request = request_of(ranks.size, seen, held, verb="learn", noted=noted, how=dict(masks.how))
     beside = folder / BESIDE
     if earlier is not None and earlier["request"] == request:
         sweep(beside, ranks, whole=True)
@@ -180,6 +175,12 @@ def _warn(learnt: Learnt, options: otp.Options) -> None:
         )
 
 
+def check_text(file: str | Path) -> None:
+    """Raise DataError for conversations, from which no masks are learnt."""
+    if is_chat(file):
+        raise DataError(f"masks are learnt from text, and {file} holds conversations; give --data")
+
+
 def learning_windows(
     checkpoint: Checkpoint, data: str | Path | None, options: otp.Options, sampling: Sampling
 ) -> tuple[Int[Tensor, "N S"], Int[Tensor, "M S"]]:
@@ -189,8 +190,7 @@ def learning_windows(
     `evaluate` measures.
     """
     file = data or ASSETS / "text" / "calibration.jsonl"
-    if is_chat(file):
-        raise DataError(f"masks are learnt from text, and {file} holds conversations; give --data")
+    check_text(file)
     config = skeleton(checkpoint, torch.float32)[0].config
     length = window_length(config, sampling.length)
     wanted = Sampling(options.samples + CHECKED, seed=sampling.seed)

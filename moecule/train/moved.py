@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from moecule.checkpoint import INDEX, Checkpoint
 from moecule.files import save_whole, writing
-from moecule.folder import side_files
+from moecule.folder import copy_into, side_files
 from moecule.hf import Streamed, skeleton
 from moecule.train.low_rank import merged, updates
 from moecule.train.shards import whole
@@ -71,15 +70,11 @@ def write_changed(checkpoint: Checkpoint, moved: Mapping[str, Tensor], folder: P
             tensors = {n: moved[n] if n in moved else f.get_tensor(n) for n in list(f.keys())}
         save_whole({n: t.contiguous() for n, t in tensors.items()}, folder / name)
     source = checkpoint.path
-    ours = (
-        "plan.yaml",
-        "plan.channels",
-        *(("README.md",) if (source / "plan.yaml").is_file() else ()),
-    )
-    others = [source / n for n in ("config.json", INDEX, *ours) if (source / n).is_file()]
-    for file in [*side_files(source), *sorted(source.glob("*.py")), *others]:
-        with writing(folder / file.name):
-            shutil.copyfile(file, folder / file.name)
+    names = ["config.json", INDEX, "plan.yaml", "plan.channels"]
+    if (source / "plan.yaml").is_file():  # what README.md says is ours, too
+        names.append("README.md")
+    named = [source / n for n in names if (source / n).is_file()]
+    copy_into(folder, [*side_files(source), *sorted(source.glob("*.py")), *named])
 
 
 class Shelf(Mapping[str, Tensor]):

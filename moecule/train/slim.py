@@ -52,7 +52,14 @@ from moecule.session import (
 from moecule.states import free_bytes
 from moecule.train.cut import cut, slim_keys, width_of
 from moecule.train.heal import teach
-from moecule.train.lesson import Lesson, check_teacher, history, lesson_windows, noted
+from moecule.train.lesson import (
+    Lesson,
+    check_teacher,
+    history,
+    lesson_windows,
+    noted,
+    request_of,
+)
 from moecule.train.loop import check_batch
 from moecule.train.schedule import Trained
 from moecule.train.sensitivity import Felt, feel
@@ -97,13 +104,32 @@ def slim(
     """
     teacher = model if teacher is None else teacher
     checkpoint = open_checkpoint(model)
-    check_slimming(checkpoint, slimming, lesson, compute.ranks.size)
+    ranks, out, theirs = compute.ranks, Path(out), open_checkpoint(teacher)
+    stages = check_slimming(checkpoint, slimming, lesson, ranks.size)
     check_teacher(checkpoint, teacher)
-    windows, held = lesson_windows(checkpoint, data, lesson, compute.ranks.size)
-    return in_stages(
-        checkpoint, teacher, Path(out), slimming, windows, held, lesson=lesson, compute=compute,
-        progress=progress,
+    windows, held = lesson_windows(checkpoint, data, lesson, ranks.size)
+    request = request_of(
+        ranks.size, windows, held,
+        digests=[checkpoint.digest, theirs.digest],
+        dtype=str(compute.torch_dtype(theirs.config)),  # in which it speaks, and all is scored
+        slimming=asdict(slimming),
+        lesson=asdict(lesson),
     )  # fmt: skip
+    job = _Job(checkpoint, teacher, out, stages, request, slimming, lesson, compute, progress)
+    shares = _shares(windows, stages)
+    done = ranks.share(noted(out, SLIM) if ranks.is_first else None, 0)
+    if done is None:
+        with only_one(out, ranks):
+            _run(job, shares, held)
+    elif done != job.note(len(stages) - 1) or not _taught_on(out, shares[-1]):
+        raise OutputError(
+            f"{out} holds what another request made; name another folder or remove it"
+        )
+    elif ranks.is_first:
+        (out / MOVING).unlink(missing_ok=True)  # a kill at the very end left it
+    folders = [*(job.stage(s) for s in range(len(stages) - 1)), out]
+    # stages may be thrown away once the last is there
+    return Slimmed(out, stages, tuple(history(f) if f.is_dir() else {} for f in folders))
 
 
 def check_slimming(
@@ -120,45 +146,6 @@ def check_slimming(
     if not keys[-1]:
         raise RecipeError("width and groups are what the model has; give less of either")
     return stages
-
-
-def in_stages(
-    checkpoint: Checkpoint,
-    teacher: str | Path,
-    out: Path,
-    slimming: Slimming,
-    windows: Int[Tensor, "N S"],
-    held: Int[Tensor, "M S"],
-    *,
-    lesson: Lesson = DEFAULT,
-    compute: Compute = AUTO,
-    progress: Progress = silent,
-) -> Slimmed:
-    """`slim` on windows that are given; those `held` out say which state of each stage is best."""
-    ranks, theirs = compute.ranks, open_checkpoint(teacher)
-    stages = check_slimming(checkpoint, slimming, lesson, ranks.size)
-    request = {
-        "processes": ranks.size,
-        "digests": [checkpoint.digest, theirs.digest],
-        "dtype": str(compute.torch_dtype(theirs.config)),  # in which it speaks, and all is scored
-        "tokens": [digest([windows]), digest([held])],
-        **json.loads(json.dumps({"slimming": asdict(slimming), "lesson": asdict(lesson)})),
-    }
-    job = _Job(checkpoint, teacher, out, stages, request, slimming, lesson, compute, progress)
-    shares = _shares(windows, stages)
-    done = ranks.share(noted(out, SLIM) if ranks.is_first else None, 0)
-    if done is None:
-        with only_one(out, ranks):
-            _run(job, shares, held)
-    elif done != job.note(len(stages) - 1) or not _taught_on(out, shares[-1]):
-        raise OutputError(
-            f"{out} holds what another request made; name another folder or remove it"
-        )
-    elif ranks.is_first:
-        (out / MOVING).unlink(missing_ok=True)  # a kill at the very end left it
-    folders = [*(job.stage(s) for s in range(len(stages) - 1)), out]
-    # stages may be thrown away once the last is there
-    return Slimmed(out, stages, tuple(history(f) if f.is_dir() else {} for f in folders))
 
 
 def _taught_on(out: Path, share: Int[Tensor, "N S"]) -> bool:
