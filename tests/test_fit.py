@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -208,21 +205,9 @@ def test_two_processes_train_what_one_trains(more, model, text, tmp_path):
     lesson = replace(QUICK.lesson, schedule=Schedule(steps=4, batch=4, every=4, lr=3e-4))
     how = Fitting(lesson, router_steps=2, new_routers=True, balance=0.0, capacity=100.0)
     one = fit(model, tmp_path / "1", fitting=how, data=text, compute=COMPUTE)
-    start = (
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-    )
-    given = ("moecule", "train", model, "-o", tmp_path / "2", "--data", text, *COMMAND, *more)
+    given = ("-m", "moecule", "train", model, "-o", tmp_path / "2", "--data", text, *COMMAND, *more)
     rest = ("--router-steps", "2", "--new-routers", "--balance", "0", "--capacity", "100")
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(
-        [*map(str, (*start, *given, *rest))], capture_output=True, text=True, env=env
-    )
+    ended = tiny.start(2, *given, *rest)
     assert ended.returncode == 0, ended.stderr
     two = json.loads((tmp_path / "2" / "healing.json").read_text())
     for name, of in one.trained.items():

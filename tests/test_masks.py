@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -185,9 +182,7 @@ def test_two_processes_learn_what_one_learns(prepared, learnt, text, tmp_path):
     out, child = tmp_path / "out", tmp_path / "child.py"
     shutil.copytree(prepared, out)
     child.write_text(CHILD)
-    many = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*many, child, out, text], capture_output=True, text=True, env=env)
+    done = tiny.start(2, child, out, text)
     assert done.returncode == 0, done.stderr
     history = {f: json.loads((f / "config.json").read_text())["moecule"]["masks"]["trained"]["history"]
                for f in (out, learnt.folder)}  # fmt: skip

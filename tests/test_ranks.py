@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 from moecule.checkpoint import Checkpoint
@@ -33,13 +31,7 @@ def compress(model: Path, out: Path, processes: int, *ask: str) -> None:
     text.write_text(TEXT * 60)
     verb = ["compress", str(model), "-o", str(out), *ask, *SMALL]
     verb += ["--set", "group=16", "--data", str(text), "--text", str(text), "--device", "cpu"]
-    alone = [sys.executable, "-m", "moecule"]
-    many = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    many += ["--nproc-per-node", str(processes), "-m", "moecule"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(
-        [*(many if processes > 1 else alone), *verb], capture_output=True, text=True, env=env
-    )
+    ended = tiny.start(processes, "-m", "moecule", *verb)
     assert ended.returncode == 0, ended.stderr
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -306,20 +303,10 @@ def test_two_processes_make_what_one_makes(model, data, tmp_path):
         "cpu",
         "--json",
     ]
-    alone, told = [sys.executable, "-m"], []
-    many = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-    ]
-    for name, start in (("one", alone), ("two", many)):
-        verb[3] = str(tmp_path / name)
-        command, env = [*start, "moecule", *verb], {**os.environ, "OMP_NUM_THREADS": "1"}
-        ended = subprocess.run(command, capture_output=True, text=True, env=env)
+    told = []
+    for processes in (1, 2):
+        verb[3] = str(tmp_path / str(processes))
+        ended = tiny.start(processes, "-m", "moecule", *verb)
         assert ended.returncode == 0, ended.stderr
         told.append(json.loads(ended.stdout)["stages"])
     assert [s["width"] for s in told[1]] == [32, 16]

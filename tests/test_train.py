@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -485,10 +482,7 @@ def run(out: Path, source: Path, teacher: Path, text: Path, processes: int, *mor
         "--device",
         "cpu",
     ]
-    many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    start = [sys.executable, *(many if processes > 1 else ["-m"]), "moecule", *verb, *more]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(start, capture_output=True, text=True, env=env)
+    return tiny.start(processes, "-m", "moecule", *verb, *more)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -164,3 +167,11 @@ def write(
     writer.close()
     write_config(out, streamed.checkpoint, streamed.family, made, done)
     return done
+
+
+def start(processes: int, *command: str | Path) -> subprocess.CompletedProcess[str]:
+    """A script, or "-m" and a module, in fresh processes as a user starts them; one thread each."""
+    many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    whole = [sys.executable, *(many if processes > 1 else []), *map(str, command)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(whole, capture_output=True, text=True, env=env)
