@@ -82,8 +82,10 @@ def slim() -> list[Row]:
     """A quarter of the channels."""
     out, rows = [], rows_of("slimmoe")
     for arm in ("one shot", "two stages"):
-        nats = mean((r for r in rows if r["arm"] == arm), lambda r: r["kl"])
-        at = f"75% of the channels dropped, {arm}, taught (KL)"
+        of = [r for r in rows if r["arm"] == arm]
+        first = f" ({of[0]['early']:.0%} of the steps first)" if of[0]["early"] else ""
+        nats = mean(of, lambda r: r["kl"])
+        at = f"75% of the channels dropped, {arm}{first}, taught (KL)"
         out.append(entry("slim", at, nats, "slimmoe", method="slimmoe"))
     return out
 
