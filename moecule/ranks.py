@@ -15,8 +15,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 T = TypeVar("T")
+CUDA = "cpu:gloo,cuda:nccl"  # shards of a model on GPUs may lie in host memory
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ SOLO = Ranks()
 
 def _device() -> torch.device:
     """Where the processes' messages must lie."""
-    cuda = dist.get_backend() == "nccl"
+    cuda = "nccl" in dist.get_backend_config()
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
@@ -90,11 +92,18 @@ def join(*, cuda: bool) -> Ranks:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         # one process may be at work alone for long: writing, opening what was written afresh
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
+        dist.init_process_group(CUDA if cuda else "gloo", timeout=timedelta(hours=12))
     return Ranks(dist.get_rank(), size)
 
 
+def alone(*, cuda: bool) -> None:
+    """Let one process be a group of one, where nothing else has begun: FSDP2 shards over a group."""
+    if not dist.is_initialized():
+        how = CUDA if cuda else "gloo"
+        dist.init_process_group(how, store=HashStore(), rank=0, world_size=1)
+
+
 def leave() -> None:
-    """The end of `join`."""
+    """The end of `join`, and of `alone`."""
     if dist.is_initialized():
         dist.destroy_process_group()

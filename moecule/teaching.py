@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from moecule.options import Data, Device, Dtype, Json, Length, Model, Texts, compute_of
 from moecule.show import bar, print_change, print_json, say
+
+if TYPE_CHECKING:
+    from moecule.result import Result
+    from moecule.train.slim import Slimmed
 
 Steps = Annotated[int, typer.Option(help="Of training.")]
 BatchSize = Annotated[int, typer.Option("--batch", help="Windows a step, over all processes.")]
@@ -60,6 +64,9 @@ Teacher = Annotated[str | None, typer.Option(help="To learn from; without: the m
 Checkpointing = Annotated[
     bool, typer.Option("--checkpointing", help="Compute layers twice in training: less memory.")
 ]
+Offload = Annotated[
+    bool, typer.Option("--offload", help="Keep what trains in host memory; a layer on the GPU.")
+]
 
 
 Micro = Annotated[int, typer.Option(help="Windows at a time, where a step's do not fit; 0: all.")]
@@ -93,6 +100,7 @@ def heal(
     batch: BatchSize = 16,
     micro: Micro = 0,
     checkpointing: Checkpointing = False,
+    offload: Offload = False,
     lr: Rate = None,
     every: Every = 50,
     seed: Seed = 0,
@@ -125,6 +133,7 @@ def heal(
         experts_over=experts_over,
         length=length or 0,
         checkpointing=checkpointing,
+        offload=offload,
     )
     with bar() as progress:
         made = run(
@@ -164,6 +173,7 @@ def slim(
     seed: Seed = 0,
     precision: Precision = "float32",
     checkpointing: Checkpointing = False,
+    offload: Offload = False,
     experts_over: ExpertsOver = 1,
     data: Data = None,
     text: Texts = None,
@@ -184,8 +194,9 @@ def slim(
         steps=steps, batch=batch, micro=micro, lr=lr, every=every, seed=seed, precision=precision
     )
     lesson = Lesson(
-        (), schedule, experts_over=experts_over, length=length or 0, checkpointing=checkpointing
-    )
+        (), schedule, experts_over=experts_over, length=length or 0, checkpointing=checkpointing,
+        offload=offload,
+    )  # fmt: skip
     with bar() as progress:
         made = run(
             model, out, slimming, lesson=lesson, teacher=teacher, data=data, compute=compute,
@@ -194,6 +205,11 @@ def slim(
         before, after = measured(
             out, model, text=text or (), data=data, compute=compute, progress=progress
         )
+    _tell_stages(made, before, after, json_)
+
+
+def _tell_stages(made: Slimmed, before: Result, after: Result, json_: bool) -> None:
+    """What slim leaves."""
     taught = list(zip(made.stages, made.trained, strict=True))
     if json_:
         told = [asdict(s) | {n: asdict(of) for n, of in trained.items()} for s, trained in taught]
@@ -223,6 +239,7 @@ def train(
     capacity: CapacityOf = None,
     select: Selected = None,
     checkpointing: Checkpointing = False,
+    offload: Offload = False,
     experts_over: ExpertsOver = 1,
     data: Data = None,
     length: Length = None,
@@ -236,21 +253,13 @@ def train(
 
     if select is not None and capacity is None:
         raise RecipeError("--select goes with --capacity; give that, such as 1.0, or leave it out")
-    lesson = Lesson(
-        parts_of(parts),
-        schedule_of(
-            steps=steps,
-            batch=batch,
-            micro=micro,
-            lr=lr,
-            every=every,
-            seed=seed,
-            precision=precision,
-        ),
-        experts_over=experts_over,
-        length=length or 0,
-        checkpointing=checkpointing,
+    schedule = schedule_of(
+        steps=steps, batch=batch, micro=micro, lr=lr, every=every, seed=seed, precision=precision
     )
+    lesson = Lesson(
+        parts_of(parts), schedule, experts_over=experts_over, length=length or 0,
+        checkpointing=checkpointing, offload=offload,
+    )  # fmt: skip
     fitting = Fitting(lesson, router_steps, new_routers, balance, capacity, select or "random")
     with bar() as progress:
         made = fit(

@@ -43,8 +43,8 @@ OPTIONS = {
     "families": "json quiet",
     "generate": "compile device dtype exact expert-cache experts json match patterns quiet "
     "seed skip temperature tokens trust-remote-code",
-    "heal": "batch by-layer checkpointing data device dtype every experts-over json length lr micro out "
-    "parts precision quiet seed steps teacher text top-k",
+    "heal": "batch by-layer checkpointing data device dtype every experts-over json length lr micro "
+    "offload out parts precision quiet seed steps teacher text top-k",
     "inspect": "bits cache-experts clamp context data device drop dtype engine fit gpus json "
     "length load out quiet recipe replicas samples set size states time",
     "learn": "data device json length quiet",
@@ -54,9 +54,9 @@ OPTIONS = {
     "recipes": "json quiet",
     "report": "out quiet",
     "slim": "batch checkpointing data device dtype early every experts-over full groups json length "
-    "lr micro multiple out precision quiet samples seed signal stages steps teacher text width",
+    "lr micro multiple offload out precision quiet samples seed signal stages steps teacher text width",
     "train": "balance batch capacity checkpointing data device every experts-over json length lr micro "
-    "new-routers out parts precision quiet router-steps seed select steps",
+    "new-routers offload out parts precision quiet router-steps seed select steps",
 }
 
 

@@ -515,10 +515,12 @@ def test_two_processes_train_what_one_trains(kind, more, packed, checkpoint, tex
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
-def test_two_gpus_train_what_one_trains(packed, checkpoint, text, tmp_path):
+@pytest.mark.parametrize("more", [(), ("--offload", "--parts", "all")])
+def test_two_gpus_train_what_one_trains(more, packed, checkpoint, text, tmp_path):
     teacher, told = checkpoint("mixtral", tokenizer=True), []
+    more = ("--device", "cuda", *more)
     for n in (1, 2):
-        ended = run(tmp_path / str(n), packed("mixtral"), teacher, text, n, "--device", "cuda")
+        ended = run(tmp_path / str(n), packed("mixtral"), teacher, text, n, *more)
         assert ended.returncode == 0, ended.stderr
         told.append(json.loads((tmp_path / str(n) / "healing.json").read_text())["all"])
     for (_, a, b), (_, c, d) in zip(*(of["history"] for of in told), strict=True):

@@ -49,7 +49,8 @@ from moecule.train.loop import Loss, train
 from moecule.train.losses import next_token
 from moecule.train.moved import changes, stored_as
 from moecule.train.schedule import Schedule, Trained
-from moecule.train.student import Student, check_plain, open_student, save_memory
+from moecule.train.shards import local
+from moecule.train.student import Student, check_offload, check_plain, open_student, save_memory
 from moecule.verbs import AUTO
 
 
@@ -114,6 +115,8 @@ def fit(
             f"{checkpoint.path} is packed; train the model it was made of, or moecule heal it"
         )
     check_plain(checkpoint)
+    if lesson.offload:
+        check_offload(compute, lesson.parts, packed=False)
     windows, held = lesson_windows(checkpoint, data, lesson, ranks.size)
     request = request_of(
         ranks.size, windows, held, verb="train", digests=[checkpoint.digest], **asdict(fitting)
@@ -158,8 +161,9 @@ def _stages(
         made = journal.made if name == "all" else journal.folder / name
         if {"stage": name} not in journal.entries:
             student = open_student(
-                source.path, compute, parts=parts, experts_over=lesson.experts_over
-            )
+                source.path, compute, parts=parts, experts_over=lesson.experts_over,
+                offload=lesson.offload,
+            )  # fmt: skip
             if lesson.checkpointing:
                 save_memory(student)
             if fitting.new_routers and source is checkpoint:
@@ -204,6 +208,7 @@ def _train(
             schedule,
             check=check,
             stored=stored_as(student),
+            device=student.compute.torch_device(),
             folder=folder,
             ranks=ranks,
             tick=tick,
@@ -264,10 +269,9 @@ def renew_routers(student: Student, seed: int) -> None:
             stored = student.dtypes[names[id(tensor)]]
             fresh = fresh.to(stored).to(tensor.dtype)  # rounded as it will be
             if isinstance(tensor, DTensor):
-                fresh = distribute_tensor(
-                    fresh.to(tensor.device), tensor.device_mesh, tensor.placements
-                )
-            tensor.copy_(fresh)
+                mesh = tensor.device_mesh  # shards may lie on the host
+                fresh = distribute_tensor(fresh.to(mesh.device_type), mesh, tensor.placements)
+            local(tensor).copy_(local(fresh))
 
 
 def _rows(moe: Moe, experts: int) -> Iterator[tuple[str, Tensor]]:

@@ -56,6 +56,7 @@ from moecule.train.schedule import Trained
 from moecule.train.student import (
     TRAINED_BYTES,
     Student,
+    check_offload,
     check_plain,
     open_student,
     open_teacher,
@@ -125,6 +126,8 @@ def teach(
     check_plain(checkpoint)
     packed = checkpoint.config["model_type"] == PACKED
     parts = lesson.parts or (("scales", "router", "norms") if packed else ("all",))
+    if lesson.offload:
+        check_offload(compute, parts, packed=packed)
     request = request_of(
         ranks.size, windows, held,
         verb="heal",
@@ -165,7 +168,13 @@ def _whole(
 ) -> tuple[dict[str, Trained], dict[str, Tensor]]:
     """(what came of it, tensors that moved by their names on disk)."""
     theirs, said = _teacher(teacher, lesson, windows, held, compute, journal, progress)
-    student = open_student(checkpoint.path, compute, parts=parts, experts_over=lesson.experts_over)
+    student = open_student(
+        checkpoint.path,
+        compute,
+        parts=parts,
+        experts_over=lesson.experts_over,
+        offload=lesson.offload,
+    )
     if lesson.checkpointing:
         save_memory(student)
     # the first column numbers a window, for what the teacher has said of it
@@ -192,6 +201,7 @@ def _whole(
         ranks=ranks,
         rates=relative_rates(student.model),
         stored=stored_as(student),
+        device=compute.torch_device(),
         tick=tick,
     )
     return {"all": trained}, changes(student)
@@ -216,7 +226,7 @@ def _teacher(
     teaching = lesson.teaching
     if teaching == "auto":  # a run that goes on is taught as it began
         noted = [e["teaching"] for e in journal.entries if "teaching" in e]
-        room = _fits_beside(streamed, compute)
+        room = _fits_beside(streamed, compute, offload=lesson.offload)
         teaching = noted[0] if noted else compute.ranks.share("beside" if room else "said", 0)
         if not noted:
             journal.add({"teaching": teaching})
@@ -237,10 +247,13 @@ def _teacher(
     return None, Said(folder, TOGETHER)
 
 
-def _fits_beside(teacher: Streamed, compute: Compute) -> bool:
+def _fits_beside(teacher: Streamed, compute: Compute, *, offload: bool) -> bool:
     """Whether a teacher has room beside a float32 student of its size, all of which moves."""
     numbers = sum(p.numel() for p in teacher.model.parameters())
-    wanted = memory_bytes(teacher) + (4 + TRAINED_BYTES) * numbers
+    each = 4 + TRAINED_BYTES
+    if offload:  # one layer, the next, and gradients of one
+        numbers, each = min(numbers, numbers * 3 // len(teacher.layers)), 4
+    wanted = memory_bytes(teacher) + each * numbers
     return bool(wanted <= free_bytes(compute.torch_device()))
 
 

@@ -47,6 +47,7 @@ class Lesson:
     checkpointing: bool = (
         False  # layers keep their input alone, and are computed again on the way back
     )
+    offload: bool = False  # what moves lies in host memory, and a layer on the GPU while it runs
 
     def __post_init__(self) -> None:
         """Raises RecipeError for what cannot be."""
@@ -60,6 +61,8 @@ class Lesson:
             )
         if self.by_layer and {"lora"} & {*self.parts}:
             raise RecipeError("layers are healed without lora; name other parts (--parts)")
+        if self.by_layer and self.offload:
+            raise RecipeError("layers are on the GPU one by one as it is; leave out --offload")
 
 
 def check_teacher(checkpoint: Checkpoint, teacher: str | Path) -> None:

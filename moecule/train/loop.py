@@ -45,6 +45,7 @@ def train(
     ranks: Ranks = SOLO,
     rates: Mapping[str, float] | None = None,
     stored: Mapping[str, torch.dtype] | None = None,
+    device: torch.device | None = None,
     tick: Callable[[], None] = lambda: None,
     after: Callable[[int], None] = lambda step: None,
 ) -> Trained:
@@ -52,6 +53,7 @@ def train(
 
     `rates`: of some parameters by name, what share of the schedule's rate is theirs.
     `stored`: of some, the dtype that they will be kept in: what is checked, and stays, is rounded to it.
+    `device`: where the model computes; without, where its parameters lie.
     `folder`: a killed run goes on from what it left there; the caller removes it. `tick` is called once
     a step, `after` with the number of each step made. Without `check` the last state is kept, or the
     last one noted where the loss diverges.
@@ -64,7 +66,7 @@ def train(
     figure = None if check is None else partial(_figure, model, check)
     with _in_memory():
         run = _begin(named, schedule, figure, folder, ranks, rates or {})
-        run.stored = stored or {}
+        run.stored, run.device = stored or {}, device or next(iter(named.values())).device
         for _ in range(run.done.steps):
             tick()
         for step in range(run.done.steps, schedule.steps):
@@ -105,7 +107,7 @@ def _in_memory() -> Iterator[None]:
     except torch.OutOfMemoryError as e:
         raise RecipeError(
             f"a step finds no room ({str(e).split('. ')[0]}); give fewer windows at a time (--micro), a "
-            "shorter --length, --checkpointing, or --parts that move less"
+            "shorter --length, --checkpointing, --offload, or --parts that move less"
         ) from e
 
 
@@ -163,7 +165,7 @@ def _step(
 ) -> float:
     """One step; the mean loss over all its windows, nats a token."""
     picks = torch.tensor(run.ranks.mine(schedule.picks(step, len(windows))))
-    device = next(iter(run.named.values())).device
+    device = run.device
     total, mine = torch.zeros((), dtype=torch.float64), len(picks)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad():

@@ -1,4 +1,4 @@
-"""Parameters that may be shards of FSDP2 or of expert parallelism: whole, here, or clipped together."""
+"""Shards of parameters, by FSDP2 or by expert parallelism: made, whole, here, or clipped together."""
 
 from __future__ import annotations
 
@@ -7,10 +7,34 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from moecule.ranks import Ranks
+from moecule.ranks import Ranks, alone
+
+
+def shard(
+    model: nn.Module,
+    layers: Iterable[nn.Module],
+    device: torch.device,
+    ranks: Ranks,
+    *,
+    offload: bool,
+) -> None:
+    """Leave every process its shards, in place: layer by layer, then of the rest.
+
+    `offload`: those lie in host memory, with their gradients and what the optimiser keeps, and a layer
+    is on the device while it runs.
+    """
+    if device.type == "cuda":  # where FSDP2 computes
+        torch.cuda.set_device(torch.cuda.current_device() if device.index is None else device)
+    alone(cuda=device.type == "cuda")
+    mesh = init_device_mesh(device.type, (ranks.size,))
+    pinned = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    policy = pinned if offload else OffloadPolicy()
+    for module in (*layers, model):
+        fully_shard(module, mesh=mesh, offload_policy=policy)
 
 
 def whole(tensor: Any) -> Tensor:

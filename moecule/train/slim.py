@@ -64,7 +64,7 @@ from moecule.train.loop import check_batch
 from moecule.train.schedule import Trained
 from moecule.train.sensitivity import Felt, feel
 from moecule.train.stages import Slimming, Stage, stages_of
-from moecule.train.student import check_plain, check_shared, open_teacher
+from moecule.train.student import check_offload, check_plain, check_shared, open_teacher
 from moecule.verbs import AUTO
 from moecule.writer import check_out, move_into
 
@@ -106,6 +106,8 @@ def slim(
     checkpoint = open_checkpoint(model)
     ranks, out, theirs = compute.ranks, Path(out), open_checkpoint(teacher)
     stages = check_slimming(checkpoint, slimming, lesson, ranks.size)
+    if lesson.offload:
+        check_offload(compute, lesson.parts, packed=False)
     check_teacher(checkpoint, teacher)
     windows, held = lesson_windows(checkpoint, data, lesson, ranks.size)
     request = request_of(

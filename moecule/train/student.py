@@ -9,7 +9,8 @@
 
 Several processes share the windows. A stock model is sharded by transformers' own DistributedConfig
 (FSDP2, and experts over processes with `experts_over`), which wants accelerate; a packed one by torch's
-`fully_shard`: codes lie whole in every process, what is trained and its moments do not.
+`fully_shard`: codes lie whole in every process, what is trained and its moments do not. Shards may lie in
+host memory (`offload`), those of one process alone, too.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint as again
 from transformers import AutoConfig
 
@@ -45,15 +45,17 @@ from moecule.hf import (
 from moecule.moe import experts_in, find_layers, find_moe
 from moecule.names import names_in_memory
 from moecule.session import Compute, check_whole, load, open_checkpoint
-from moecule.states import free_bytes
+from moecule.states import free_bytes, free_host_bytes
 from moecule.train.low_rank import adapt, updates
-from moecule.train.shards import average, whole
+from moecule.train.shards import average, shard, whole
 from moecule.train.thaw import PLAIN, thaw, thawed_names
 
 Part = Literal["scales", "router", "norms", "lora", "experts", "all"]
 PARTS: tuple[str, ...] = get_args(Part)
 SHARDED = "5.20"  # the transformers that can put experts of training on several processes
 TRAINED_BYTES = 12  # of each float32 number that moves, besides itself: gradient, two moments
+# the same in host memory: two moments, the best, and copies of what moves and its moments to be saved
+OFFLOADED_BYTES = 24
 
 
 @dataclass
@@ -97,9 +99,12 @@ def open_student(
     *,
     parts: Sequence[str] = ("all",),
     experts_over: int = 1,
+    offload: bool = False,
 ) -> Student:
     """Open a model to be trained: `parts` of it move. `experts_over`: processes that share experts.
 
+    `offload`: what moves, its gradients and moments lie in host memory, and so does the rest of a stock
+    model; a layer is on the GPU while it runs. See `check_offload`.
     Raises RecipeError for parts that the model has none of, too little memory, or experts that processes
     cannot share; CheckpointError where it does not load.
     """
@@ -112,9 +117,9 @@ def open_student(
     net, family = skeleton(checkpoint, torch.float32)
     check_shared(checkpoint, net, family, ranks.size, experts_over, packed=packed)
     if ranks.size == 1 or packed:
-        found = load(model, compute)
+        found = load(model, replace(compute, device="cpu") if offload and not packed else compute)
     else:
-        found = _sharded(checkpoint, compute, experts_over)
+        found = _sharded(checkpoint, compute, experts_over, offload=offload)
     if packed:
         thaw(found)
     else:
@@ -123,11 +128,9 @@ def open_student(
     dtypes = {n: checkpoint.tensors[of[0]].dtype for n, of in disk.items()}
     student = Student(found, checkpoint, family, compute, packed, disk, dtypes)
     mark(student, parts)
-    _check_memory(student)
-    if packed and ranks.size > 1:
-        for layer in find_layers(found)[1]:
-            fully_shard(layer)
-        fully_shard(found)
+    _check_memory(student, offload=offload)
+    if packed and ranks.size > 1 or offload and ranks.size == 1:
+        shard(found, find_layers(found)[1], compute.torch_device(), ranks, offload=offload)
     elif ranks.size > 1:  # shards were made before there were updates
         average((p for u in updates(found).values() for p in u.parameters()), ranks)
     found.config.use_cache = False
@@ -194,7 +197,21 @@ def check_shared(
         )
 
 
-def _sharded(checkpoint: Checkpoint, compute: Compute, experts_over: int) -> Any:
+def check_offload(compute: Compute, parts: Sequence[str], *, packed: bool) -> None:
+    """Raise RecipeError where nothing can lie in host memory while a GPU computes."""
+    device = compute.torch_device()
+    if device.type != "cuda":
+        raise RecipeError(
+            f"--offload keeps weights in host memory for a GPU, and this trains on {device}; leave it out"
+        )
+    if "lora" in parts and not packed and compute.ranks.size > 1:
+        raise RecipeError(
+            "several processes do not train lora of a stock model with --offload; leave out either, or "
+            "start one process"
+        )
+
+
+def _sharded(checkpoint: Checkpoint, compute: Compute, experts_over: int, *, offload: bool) -> Any:
     """A stock model, of which every process holds its shards."""
     from transformers.distributed import DistributedConfig
 
@@ -213,7 +230,9 @@ def _sharded(checkpoint: Checkpoint, compute: Compute, experts_over: int) -> Any
             found, told = auto_class(type(settings)).from_pretrained(
                 checkpoint.path,
                 dtype=torch.float32,
-                distributed_config=DistributedConfig(fsdp_size=size, **over),
+                distributed_config=DistributedConfig(
+                    fsdp_size=size, fsdp_cpu_offload=offload, **over
+                ),
                 trust_remote_code=trust,
                 output_loading_info=True,
             )
@@ -295,15 +314,21 @@ def _matrices(model: Any, routers: set[str]) -> dict[str, nn.Linear]:
     }
 
 
-def _check_memory(student: Student) -> None:
+def _check_memory(student: Student, *, offload: bool) -> None:
     """Raise RecipeError where AdamW's moments and gradients have no room, and say what has."""
     device = student.compute.torch_device()
-    free = free_bytes(device)
-    wanted = TRAINED_BYTES * student.trainable // student.compute.ranks.size
+    if offload:  # the processes of a machine share its memory
+        where, free, each, over, more = "the host", free_host_bytes(), OFFLOADED_BYTES, 1, ""
+    else:
+        where, free, each = str(device), free_bytes(device), TRAINED_BYTES
+        over, more = student.compute.ranks.size, ", or more processes"
+        if device.type == "cuda":
+            more = f", --offload{more}"
+    wanted = each * student.trainable // over
     if wanted > free:
-        few = TRAINED_BYTES * sum(p.numel() for p in student.model.parameters() if p.dim() == 1)
+        few = each * sum(p.numel() for p in student.model.parameters() if p.dim() == 1)
         raise RecipeError(
             f"training {student.trainable / 1e6:.1f}M numbers takes {format_size(wanted)} beside the "
-            f"weights, and {device} has {format_size(free)}; norms alone take {format_size(few)}: "
-            "give other --parts, --by-layer, or more processes"
+            f"weights, and {where} has {format_size(free)}; norms alone take {format_size(few)}: "
+            f"give other --parts, --by-layer{more}"
         )
