@@ -4,14 +4,16 @@
 
 A model of that shape and random weights, all of which move, learns random tokens, once with everything
 on the GPU and once with weights, gradients and moments on the host, each in a fresh process. The floor of
-a step on the host: weights come to the GPU twice and gradients go back, at the speed of a large pinned
-copy; AdamW then reads four numbers and writes three for each that moves, at that of a copy on the host.
+a step on the host: layers come to the GPU twice, embeddings and head once, and gradients go back, at the
+speed of a large pinned copy; AdamW then reads four numbers and writes three for each that moves, at that of
+a copy on the host. What a killed run goes on from is saved once, after the last step.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,7 @@ import torch
 from bench.full_size import SHAPES, write_model
 from moecule.compress import peak_memory
 from moecule.measure import device_name
+from moecule.moe import find_layers
 from moecule.session import Compute
 from moecule.train.loop import train
 from moecule.train.losses import next_token
@@ -41,6 +44,7 @@ def step_times(folder: str, windows: int, length: int, *, offload: bool) -> dict
     compute = Compute("cuda")
     student = open_student(folder, compute, offload=offload)
     save_memory(student)
+    inside = sum(p.numel() for layer in find_layers(student.model)[1] for p in layer.parameters())
     device, ends = compute.torch_device(), list[float]()
     vocabulary = student.model.config.vocab_size
     lot = torch.Generator().manual_seed(0)
@@ -60,13 +64,16 @@ def step_times(folder: str, windows: int, length: int, *, offload: bool) -> dict
         tokens,
         Schedule(steps=STEPS, batch=windows, every=STEPS, lr=1e-5, precision="bfloat16"),
         device=device,
+        folder=Path(folder) / "steps",
         tick=tick,
     )
+    shutil.rmtree(Path(folder) / "steps")
     return {
         "offload": offload,
         "numbers": student.trainable,
+        "in_layers": inside,
         "loss": done.history[-1][1],
-        "seconds": median([b - a for a, b in pairwise(ends)][1:-1]),  # the last keeps its state
+        "seconds": median([b - a for a, b in pairwise(ends)][1:-1]),  # the last is saved
         "bytes": peak_memory(),
     }
 
@@ -93,7 +100,7 @@ def bandwidths() -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("-o", "--out", type=Path, required=True)
@@ -113,8 +120,8 @@ def main() -> None:
             rows.append(json.loads(said.splitlines()[-1]))
             print(rows[-1], flush=True)
     speeds = bandwidths()
-    numbers = rows[0]["numbers"]
-    copies = 4 * numbers * (2 / speeds["to_gpu"] + 1 / speeds["to_host"])
+    numbers, inside = rows[0]["numbers"], rows[0]["in_layers"]
+    copies = 4 * ((numbers + inside) / speeds["to_gpu"] + numbers / speeds["to_host"])
     floor = copies + 28 * numbers / speeds["in_host"]
     made = {
         "device": device_name(torch.device("cuda")),

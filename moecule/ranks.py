@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 T = TypeVar("T")
 CUDA = "cpu:gloo,cuda:nccl"  # shards of a model on GPUs may lie in host memory
@@ -99,6 +98,8 @@ def join(*, cuda: bool) -> Ranks:
 def alone(*, cuda: bool) -> None:
     """Let one process be a group of one, where nothing else has begun: FSDP2 shards over a group."""
     if not dist.is_initialized():
+        from torch.distributed import HashStore  # type: ignore[attr-defined]  # not on Windows
+
         how = CUDA if cuda else "gloo"
         dist.init_process_group(how, store=HashStore(), rank=0, world_size=1)
 

@@ -15,10 +15,10 @@ import torch
 from moecule import ranks
 from moecule.checkpoint import Checkpoint
 from moecule.errors import RecipeError
+from moecule.hf import skeleton
 from moecule.plan import Keep
-from moecule.ranks import Ranks
-from moecule.session import Compute
-from moecule.train import loop, student
+from moecule.session import Compute, memory_bytes, open_checkpoint, stream
+from moecule.train import loop, room
 from moecule.train.fit import Fitting, fit, renew_routers
 from moecule.train.heal import heal
 from moecule.train.lesson import Lesson
@@ -26,7 +26,7 @@ from moecule.train.schedule import Schedule
 from moecule.train.shards import whole
 from moecule.train.slim import slim
 from moecule.train.stages import Slimming
-from moecule.train.student import check_offload, open_student
+from moecule.train.student import check_shared, open_student
 
 COMPUTE = Compute(device="cpu")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -135,11 +135,46 @@ def test_what_cannot_lie_in_host_memory(checkpoint, text, tmp_path, monkeypatch)
         )
     with pytest.raises(RecipeError, match="one by one as it is; leave out --offload"):
         Lesson(by_layer=True, offload=True)
-    monkeypatch.setattr(Compute, "torch_device", lambda self: torch.device("cuda"))
-    with pytest.raises(RecipeError, match="several processes do not train lora"):
-        check_offload(Compute(ranks=Ranks(0, 2)), ("lora", "norms"), packed=False)
-    check_offload(Compute(ranks=Ranks(0, 2)), ("lora", "norms"), packed=True)
-    monkeypatch.undo()
-    monkeypatch.setattr(student, "free_host_bytes", lambda: 40_000)
+    of = skeleton(open_checkpoint(teacher), torch.float32)
+    with pytest.raises(RecipeError, match="experts over processes .* leave out --offload"):
+        check_shared(open_checkpoint(teacher), *of, 2, 2, packed=False, offload=True)
+    check_shared(open_checkpoint(teacher), *of, 2, 1, packed=False, offload=True)
+    monkeypatch.setattr(room, "free_host_bytes", lambda: 40_000)
     with pytest.raises(RecipeError, match=r"the host has 40.00 kB.*other --parts, --by-layer$"):
         open_student(teacher, COMPUTE, offload=True)
+
+
+def test_what_the_host_must_hold_is_counted():
+    model = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 2, bias=False))
+    first = {id(p) for p in model[0].parameters()}
+    blocks, numbers = 64 + 16, 15 + 3  # bytes of the first one's matrix and bias, as powers of two
+    still = 32  # of the other's
+    taken = room.host_bytes(model, lambda p: id(p) in first)
+    assert taken == 2 * blocks + still - 4 * (numbers + 6) + room.ON_HOST * numbers
+    away = model.to("meta")  # what lies elsewhere comes whole
+    assert room.host_bytes(away, lambda p: False) == blocks + still
+
+
+def test_a_teacher_has_less_room_beside_codes(checkpoint, monkeypatch):
+    teacher = stream(checkpoint("mixtral"), Compute(device="cpu", dtype="float32"), empty=True)
+    numbers = sum(p.numel() for p in teacher.model.parameters())
+    inside = [sum(p.numel() for p in layer.parameters()) for layer in teacher.layers]
+    least = memory_bytes(teacher) + 12 * max(inside) + 8 * (numbers - sum(inside))
+    for free, offload, packed, fits in (
+        (least, True, False, True), (least - 1, True, False, False), (least, False, False, False),
+        (least, True, True, False), (least + numbers, True, True, True),
+        (memory_bytes(teacher) + 16 * numbers, False, True, True),
+    ):  # fmt: skip
+        monkeypatch.setattr(room, "free_bytes", lambda device, free=free: free)
+        found = room.fits_beside(teacher, COMPUTE, offload=offload, packed=packed)
+        assert found is fits
+
+
+def test_a_model_that_is_opened_and_finds_no_room():
+    with (
+        pytest.raises(
+            RecipeError, match=r"^m finds no room on cuda \(CUDA out.*--top-k.*--by-layer"
+        ),
+        room.opening("m", "cuda"),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.")

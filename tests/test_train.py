@@ -19,7 +19,7 @@ from moecule.errors import CheckpointError, DataError, OutputError, RecipeError
 from moecule.hf import skeleton
 from moecule.plan import Drop, Keep
 from moecule.session import Compute, open_checkpoint
-from moecule.train import loop, student
+from moecule.train import loop, room
 from moecule.train.heal import heal
 from moecule.train.lesson import Lesson, lesson_windows
 from moecule.train.loop import train
@@ -515,12 +515,20 @@ def test_two_processes_train_what_one_trains(kind, more, packed, checkpoint, tex
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
-@pytest.mark.parametrize("more", [(), ("--offload", "--parts", "all")])
-def test_two_gpus_train_what_one_trains(more, packed, checkpoint, text, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "more"), [("packed", ()), ("packed", ("--offload", "--parts", "all")),
+                       ("stock", ("--offload", "--parts", "lora,norms"))],
+)  # fmt: skip
+def test_two_gpus_train_what_one_trains(kind, more, packed, checkpoint, text, tmp_path):
     teacher, told = checkpoint("mixtral", tokenizer=True), []
+    source = packed("mixtral")
+    if kind == "stock":
+        source = tmp_path / "source"
+        tiny.save("mixtral", source, vocab_size=tiny.VOCABULARY, num_local_experts=4)
+        tiny.save_tokenizer(source)
     more = ("--device", "cuda", *more)
     for n in (1, 2):
-        ended = run(tmp_path / str(n), packed("mixtral"), teacher, text, n, *more)
+        ended = run(tmp_path / str(n), source, teacher, text, n, *more)
         assert ended.returncode == 0, ended.stderr
         told.append(json.loads((tmp_path / str(n) / "healing.json").read_text())["all"])
     for (_, a, b), (_, c, d) in zip(*(of["history"] for of in told), strict=True):
@@ -573,7 +581,7 @@ def test_experts_that_processes_cannot_share(checkpoint, packed):
 
 
 def test_too_little_memory_is_told_with_what_would_fit(checkpoint, monkeypatch):
-    monkeypatch.setattr(student, "free_bytes", lambda device: 40_000)
+    monkeypatch.setattr(room, "free_bytes", lambda device: 40_000)
     teacher = checkpoint("mixtral", tokenizer=True)
     with pytest.raises(
         RecipeError, match=r"and cpu has 40.00 kB.*norms alone take .* kB.*--by-layer"

@@ -116,7 +116,7 @@ def fit(
         )
     check_plain(checkpoint)
     if lesson.offload:
-        check_offload(compute, lesson.parts, packed=False)
+        check_offload(compute)
     windows, held = lesson_windows(checkpoint, data, lesson, ranks.size)
     request = request_of(
         ranks.size, windows, held, verb="train", digests=[checkpoint.digest], **asdict(fitting)

@@ -21,13 +21,12 @@ from moecule.checkpoint import Checkpoint
 from moecule.errors import RecipeError
 from moecule.files import writing
 from moecule.folder import HEALED
-from moecule.hf import PACKED, Streamed
+from moecule.hf import PACKED
 from moecule.journal import Journal, making, sweep
 from moecule.ranks import SOLO
 from moecule.session import (
     Compute,
     Progress,
-    memory_bytes,
     noting,
     open_checkpoint,
     silent,
@@ -35,7 +34,6 @@ from moecule.session import (
     ticker,
     trail_of,
 )
-from moecule.states import free_bytes
 from moecule.train.by_layer import heal_layers
 from moecule.train.lesson import (
     TOGETHER,
@@ -52,9 +50,9 @@ from moecule.train.lesson import (
 from moecule.train.loop import Loss, train
 from moecule.train.losses import distil, distil_top_k
 from moecule.train.moved import Shelf, changes, stored_as
+from moecule.train.room import fits_beside
 from moecule.train.schedule import Trained
 from moecule.train.student import (
-    TRAINED_BYTES,
     Student,
     check_offload,
     check_plain,
@@ -127,7 +125,7 @@ def teach(
     packed = checkpoint.config["model_type"] == PACKED
     parts = lesson.parts or (("scales", "router", "norms") if packed else ("all",))
     if lesson.offload:
-        check_offload(compute, parts, packed=packed)
+        check_offload(compute)
     request = request_of(
         ranks.size, windows, held,
         verb="heal",
@@ -167,7 +165,10 @@ def _whole(
     progress: Progress,
 ) -> tuple[dict[str, Trained], dict[str, Tensor]]:
     """(what came of it, tensors that moved by their names on disk)."""
-    theirs, said = _teacher(teacher, lesson, windows, held, compute, journal, progress)
+    packed = checkpoint.config["model_type"] == PACKED
+    theirs, said = _teacher(
+        teacher, lesson, windows, held, compute, journal, progress, packed=packed
+    )
     student = open_student(
         checkpoint.path,
         compute,
@@ -215,8 +216,10 @@ def _teacher(
     compute: Compute,
     journal: Journal,
     progress: Progress,
+    *,
+    packed: bool,
 ) -> tuple[Any, Said | None]:
-    """(the teacher loaded, None), or (None, what it has said)."""
+    """(the teacher loaded, None), or (None, what it has said). `packed`: so is who learns."""
     streamed = stream_any(teacher, compute)
     known = int(streamed.model.config.get_text_config().vocab_size)
     if lesson.top_k > known:
@@ -226,7 +229,7 @@ def _teacher(
     teaching = lesson.teaching
     if teaching == "auto":  # a run that goes on is taught as it began
         noted = [e["teaching"] for e in journal.entries if "teaching" in e]
-        room = _fits_beside(streamed, compute, offload=lesson.offload)
+        room = fits_beside(streamed, compute, offload=lesson.offload, packed=packed)
         teaching = noted[0] if noted else compute.ranks.share("beside" if room else "said", 0)
         if not noted:
             journal.add({"teaching": teaching})
@@ -245,16 +248,6 @@ def _teacher(
         journal.ranks = all_ranks
     compute.ranks.wait()
     return None, Said(folder, TOGETHER)
-
-
-def _fits_beside(teacher: Streamed, compute: Compute, *, offload: bool) -> bool:
-    """Whether a teacher has room beside a float32 student of its size, all of which moves."""
-    numbers = sum(p.numel() for p in teacher.model.parameters())
-    each = 4 + TRAINED_BYTES
-    if offload:  # one layer, the next, and gradients of one
-        numbers, each = min(numbers, numbers * 3 // len(teacher.layers)), 4
-    wanted = memory_bytes(teacher) + each * numbers
-    return bool(wanted <= free_bytes(compute.torch_device()))
 
 
 def _loss(teacher: Any, said: Said | None) -> Loss:

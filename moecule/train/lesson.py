@@ -47,7 +47,9 @@ class Lesson:
     checkpointing: bool = (
         False  # layers keep their input alone, and are computed again on the way back
     )
-    offload: bool = False  # what moves lies in host memory, and a layer on the GPU while it runs
+    # what moves lies in host memory, and a layer on the GPU while it runs: then, too, it is computed again,
+    # for what it keeps for the way back is as large as it is
+    offload: bool = False
 
     def __post_init__(self) -> None:
         """Raises RecipeError for what cannot be."""
@@ -63,6 +65,7 @@ class Lesson:
             raise RecipeError("layers are healed without lora; name other parts (--parts)")
         if self.by_layer and self.offload:
             raise RecipeError("layers are on the GPU one by one as it is; leave out --offload")
+        object.__setattr__(self, "checkpointing", self.checkpointing or self.offload)
 
 
 def check_teacher(checkpoint: Checkpoint, teacher: str | Path) -> None:

@@ -107,7 +107,7 @@ def slim(
     ranks, out, theirs = compute.ranks, Path(out), open_checkpoint(teacher)
     stages = check_slimming(checkpoint, slimming, lesson, ranks.size)
     if lesson.offload:
-        check_offload(compute, lesson.parts, packed=False)
+        check_offload(compute)
     check_teacher(checkpoint, teacher)
     windows, held = lesson_windows(checkpoint, data, lesson, ranks.size)
     request = request_of(

@@ -9,8 +9,8 @@
 
 Several processes share the windows. A stock model is sharded by transformers' own DistributedConfig
 (FSDP2, and experts over processes with `experts_over`), which wants accelerate; a packed one by torch's
-`fully_shard`: codes lie whole in every process, what is trained and its moments do not. Shards may lie in
-host memory (`offload`), those of one process alone, too.
+`fully_shard`: codes lie whole in every process, what is trained and its moments do not. That also shards
+what is to lie in host memory (`offload`), of one process, too: transformers loads shards to the GPU.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as again
 from transformers import AutoConfig
 
-from moecule.budget import format_size
 from moecule.checkpoint import Checkpoint
 from moecule.errors import CheckpointError, RecipeError
 from moecule.family import Family
@@ -45,17 +44,14 @@ from moecule.hf import (
 from moecule.moe import experts_in, find_layers, find_moe
 from moecule.names import names_in_memory
 from moecule.session import Compute, check_whole, load, open_checkpoint
-from moecule.states import free_bytes, free_host_bytes
 from moecule.train.low_rank import adapt, updates
+from moecule.train.room import check_room, forget_pinned, opening
 from moecule.train.shards import average, shard, whole
 from moecule.train.thaw import PLAIN, thaw, thawed_names
 
 Part = Literal["scales", "router", "norms", "lora", "experts", "all"]
 PARTS: tuple[str, ...] = get_args(Part)
 SHARDED = "5.20"  # the transformers that can put experts of training on several processes
-TRAINED_BYTES = 12  # of each float32 number that moves, besides itself: gradient, two moments
-# the same in host memory: two moments, the best, and copies of what moves and its moments to be saved
-OFFLOADED_BYTES = 24
 
 
 @dataclass
@@ -115,23 +111,29 @@ def open_student(
     packed = checkpoint.config["model_type"] == PACKED
     compute = replace(compute, dtype="float32")
     net, family = skeleton(checkpoint, torch.float32)
-    check_shared(checkpoint, net, family, ranks.size, experts_over, packed=packed)
-    if ranks.size == 1 or packed:
-        found = load(model, replace(compute, device="cpu") if offload and not packed else compute)
-    else:
-        found = _sharded(checkpoint, compute, experts_over, offload=offload)
-    if packed:
-        thaw(found)
-    else:
-        _run_plain(found)
+    check_shared(checkpoint, net, family, ranks.size, experts_over, packed=packed, offload=offload)
+    device, whole_here = compute.torch_device(), packed or offload or ranks.size == 1
+    if offload and device.type == "cuda":
+        forget_pinned()  # of an earlier student's shards
+    with opening(checkpoint.name, device):
+        if not whole_here:
+            found = _sharded(checkpoint, compute, experts_over)
+        else:
+            found = load(
+                model, replace(compute, device="cpu") if offload and not packed else compute
+            )
+        if packed:
+            thaw(found)
+        else:
+            _run_plain(found)
     disk = {n: [n] for n in checkpoint.tensors} if packed else names_in_memory(net, checkpoint)
     dtypes = {n: checkpoint.tensors[of[0]].dtype for n, of in disk.items()}
     student = Student(found, checkpoint, family, compute, packed, disk, dtypes)
     mark(student, parts)
-    _check_memory(student, offload=offload)
-    if packed and ranks.size > 1 or offload and ranks.size == 1:
-        shard(found, find_layers(found)[1], compute.torch_device(), ranks, offload=offload)
-    elif ranks.size > 1:  # shards were made before there were updates
+    check_room(found, compute, offload=offload)
+    if offload or packed and ranks.size > 1:
+        shard(found, find_layers(found)[1], device, ranks, offload=offload)
+    elif not whole_here:  # shards were made before there were updates
         average((p for u in updates(found).values() for p in u.parameters()), ranks)
     found.config.use_cache = False
     return student
@@ -139,8 +141,10 @@ def open_student(
 
 def open_teacher(model: str | Path, compute: Compute) -> Any:
     """A model to learn from, whole in every process. Raises CheckpointError where it does not load."""
-    teacher = load(model, compute).requires_grad_(False)
-    if open_checkpoint(model).config["model_type"] != PACKED:
+    checkpoint = open_checkpoint(model)
+    with opening(checkpoint.name, compute.torch_device()):
+        teacher = load(model, compute).requires_grad_(False)
+    if checkpoint.config["model_type"] != PACKED:
         _run_plain(teacher)
     return teacher
 
@@ -166,10 +170,13 @@ def check_shared(
     experts_over: int,
     *,
     packed: bool,
+    offload: bool = False,
 ) -> None:
     """Raise RecipeError where so many processes cannot train the model together."""
-    if experts_over == 1 and (size == 1 or packed):
+    if experts_over == 1 and (size == 1 or packed or offload):
         return
+    if offload:
+        raise RecipeError("experts over processes stay on the GPUs; leave out --offload")
     if packed:
         raise RecipeError(
             f"{checkpoint.name} is packed: codes lie whole in every process; leave out --experts-over"
@@ -197,21 +204,16 @@ def check_shared(
         )
 
 
-def check_offload(compute: Compute, parts: Sequence[str], *, packed: bool) -> None:
-    """Raise RecipeError where nothing can lie in host memory while a GPU computes."""
+def check_offload(compute: Compute) -> None:
+    """Raise RecipeError where there is no GPU that what moves could be kept off."""
     device = compute.torch_device()
     if device.type != "cuda":
         raise RecipeError(
             f"--offload keeps weights in host memory for a GPU, and this trains on {device}; leave it out"
         )
-    if "lora" in parts and not packed and compute.ranks.size > 1:
-        raise RecipeError(
-            "several processes do not train lora of a stock model with --offload; leave out either, or "
-            "start one process"
-        )
 
 
-def _sharded(checkpoint: Checkpoint, compute: Compute, experts_over: int, *, offload: bool) -> Any:
+def _sharded(checkpoint: Checkpoint, compute: Compute, experts_over: int) -> Any:
     """A stock model, of which every process holds its shards."""
     from transformers.distributed import DistributedConfig
 
@@ -230,9 +232,7 @@ def _sharded(checkpoint: Checkpoint, compute: Compute, experts_over: int, *, off
             found, told = auto_class(type(settings)).from_pretrained(
                 checkpoint.path,
                 dtype=torch.float32,
-                distributed_config=DistributedConfig(
-                    fsdp_size=size, fsdp_cpu_offload=offload, **over
-                ),
+                distributed_config=DistributedConfig(fsdp_size=size, **over),
                 trust_remote_code=trust,
                 output_loading_info=True,
             )
@@ -312,23 +312,3 @@ def _matrices(model: Any, routers: set[str]) -> dict[str, nn.Linear]:
         and f"{name}.weight" not in routers
         and not name.startswith(experts)
     }
-
-
-def _check_memory(student: Student, *, offload: bool) -> None:
-    """Raise RecipeError where AdamW's moments and gradients have no room, and say what has."""
-    device = student.compute.torch_device()
-    if offload:  # the processes of a machine share its memory
-        where, free, each, over, more = "the host", free_host_bytes(), OFFLOADED_BYTES, 1, ""
-    else:
-        where, free, each = str(device), free_bytes(device), TRAINED_BYTES
-        over, more = student.compute.ranks.size, ", or more processes"
-        if device.type == "cuda":
-            more = f", --offload{more}"
-    wanted = each * student.trainable // over
-    if wanted > free:
-        few = each * sum(p.numel() for p in student.model.parameters() if p.dim() == 1)
-        raise RecipeError(
-            f"training {student.trainable / 1e6:.1f}M numbers takes {format_size(wanted)} beside the "
-            f"weights, and {where} has {format_size(free)}; norms alone take {format_size(few)}: "
-            f"give other --parts, --by-layer{more}"
-        )
