@@ -15,7 +15,7 @@ import moecule
 from moecule import experts_run, verbs
 from moecule.checkpoint import Checkpoint
 from moecule.data import Sampling
-from moecule.errors import CheckpointError, DataError
+from moecule.errors import CheckpointError, DataError, RecipeError
 from moecule.exports.contents import Contents
 from moecule.family import load_family
 from moecule.methods import otp
@@ -223,6 +223,15 @@ def test_more_processes_than_windows_to_check_on_are_refused(prepared, tmp_path,
     few.write_text("\n".join(text.read_text().splitlines()[:60]))
     with pytest.raises(DataError, match="65 processes share .* windows that masks are checked on"):
         learn_masks(prepared, data=few, sampling=SAMPLING, compute=many)
+
+
+def test_too_little_memory_to_unpack_in_is_said(prepared, tmp_path, text, monkeypatch):
+    shutil.copytree(prepared, tmp_path / "out")
+    monkeypatch.setattr("moecule.train.room.free_bytes", lambda device: 1000)
+    with pytest.raises(
+        RecipeError, match=r"all experts unpacked takes .* 1.00 kB left; use a larger"
+    ):
+        learn_masks(tmp_path / "out", data=text, sampling=SAMPLING, compute=CPU)
 
 
 def test_conversations_and_too_little_text_are_refused(prepared, tmp_path):

@@ -251,9 +251,7 @@ def test_text_too_short_for_the_stages_is_refused(model, tmp_path):
 
 
 def test_too_little_memory_to_score_in_is_said(model, data, tmp_path, monkeypatch):
-    from moecule.train import slim as module
-
-    monkeypatch.setattr(module, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr("moecule.train.room.free_bytes", lambda device: 1000)
     with pytest.raises(RecipeError, match="scoring by gradients takes .* 1.00 kB left"):
         slim(model, tmp_path / "out", TWO, lesson=SHORT, data=data)
 

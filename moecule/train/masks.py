@@ -22,12 +22,11 @@ import torch
 from jaxtyping import Float32, Int
 from torch import Tensor
 
-from moecule.budget import format_size
 from moecule.chat import is_chat
 from moecule.checkpoint import Checkpoint
 from moecule.data import Sampling, check_tokens, read_texts, split_windows, window_length
 from moecule.decode import QUANTISED
-from moecule.errors import CheckpointError, DataError, RecipeError
+from moecule.errors import CheckpointError, DataError
 from moecule.family import load_family
 from moecule.files import parse_json, write_text
 from moecule.folder import LEARNT
@@ -35,7 +34,7 @@ from moecule.hf import PACKED, skeleton
 from moecule.journal import journal_of, sweep
 from moecule.learnt import learner, named, put_heads
 from moecule.methods import otp
-from moecule.moe import experts_in, find_layers, find_moe
+from moecule.moe import find_layers, find_moe
 from moecule.order import read_plan
 from moecule.plan import Masks
 from moecule.session import (
@@ -48,11 +47,11 @@ from moecule.session import (
     ticker,
     tokenizer_of,
 )
-from moecule.states import free_bytes
 from moecule.text import HELD_OUT
 from moecule.train.lesson import request_of
 from moecule.train.loop import train
 from moecule.train.masked import Pupil, Settled, loss_of, settle
+from moecule.train.room import check_unpacked
 from moecule.train.schedule import Schedule, Trained
 from moecule.verbs import AUTO, DEFAULT_SAMPLING
 
@@ -216,7 +215,7 @@ def _taught(
     """(what came of it, the hard masks, heads by their names in the checkpoint)."""
     (seen, held), ranks = windows, compute.ranks
     compute = Compute(compute.device, "float32", compute.trust_remote_code, ranks=ranks)
-    _check_memory(checkpoint, compute)
+    check_unpacked(checkpoint, compute)
     family = load_family(checkpoint.config["moecule"]["model_type"])
     model = load(checkpoint.path, compute)
     prefix, layers = find_layers(model)
@@ -267,16 +266,3 @@ def _rates(pupil: Pupil, options: otp.Options) -> dict[str, float]:
     """Of what does not move at the rate of the schedule, the share of it."""
     names = [n for n, _ in pupil.named_parameters() if n.endswith(".masks.down_bias")]
     return {"price": PRICE_RATE / options.lr, **dict.fromkeys(names, BIAS_RATE)}
-
-
-def _check_memory(checkpoint: Checkpoint, compute: Compute) -> None:
-    """Raise RecipeError where all experts, unpacked for the gradient, have no room."""
-    model = skeleton(checkpoint, torch.float32)[0]
-    wanted = sum(4 * p.numel() for _, m in experts_in(model) for p in m.parameters())
-    device = compute.torch_device()
-    free = free_bytes(device)
-    if wanted > free:
-        raise RecipeError(
-            f"learning masks unpacks all experts, which takes {format_size(wanted)}, and {device} has "
-            f"{format_size(free)}; use a larger device, or a recipe that skips by thresholds (mc)"
-        )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from packaging.version import Version
 from torch import nn
 
 from moecule.budget import format_size
+from moecule.checkpoint import Checkpoint
 from moecule.errors import RecipeError
-from moecule.hf import Streamed
-from moecule.session import Compute, memory_bytes
+from moecule.hf import Streamed, skeleton
+from moecule.moe import experts_in
+from moecule.session import Compute, memory_bytes, stream
 from moecule.states import free_bytes, free_host_bytes
 
 PUBLIC = "2.13"  # the torch that says in public how pinned blocks are given back
@@ -34,18 +37,49 @@ def check_room(model: nn.Module, compute: Compute, *, offload: bool) -> None:
             return host_bytes(model, moves)
         return ON_DEVICE * sum(p.numel() for p in model.parameters() if moves(p)) // size
 
-    takes = wanted(lambda p: p.requires_grad)
-    free = free_host_bytes() if offload else free_bytes(device)
+    numbers = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    few = format_size(wanted(lambda p: p.dim() == 1))
+    more = "" if offload else ", or more processes"
+    if device.type == "cuda" and not offload:
+        more = f", --offload{more}"
+    _check(
+        wanted(lambda p: p.requires_grad),
+        None if offload else device,
+        f"training {numbers:.1f}M numbers beside the weights",
+        f"norms alone take {few}: give other --parts, --by-layer{more}",
+    )
+
+
+def check_unpacked(checkpoint: Checkpoint, compute: Compute) -> None:
+    """Raise RecipeError where all experts, unpacked for the gradient of masks, have no room."""
+    model = skeleton(checkpoint, torch.float32)[0]
+    _check(
+        sum(4 * p.numel() for _, m in experts_in(model) for p in m.parameters()),
+        compute.torch_device(),
+        "learning masks with all experts unpacked",
+        "use a larger device, or a recipe that skips by thresholds (mc)",
+    )
+
+
+def check_scored(models: Sequence[str | Path], compute: Compute) -> None:
+    """Raise RecipeError where the first model, gradients of its size and the others do not fit."""
+    sizes = [memory_bytes(stream(m, compute, empty=True)) for m in models]
+    _check(
+        sum(sizes) + sizes[0],
+        compute.torch_device(),
+        "scoring by gradients",
+        "take a device with more, or --dtype bfloat16; `moecule compress --recipe heapr` cuts channels "
+        "layer by layer",
+    )
+
+
+def _check(takes: int, device: torch.device | None, what: str, instead: str) -> None:
+    """Raise RecipeError where that is more than is free on the device, or on the host."""
+    free = free_host_bytes() if device is None else free_bytes(device)
     if takes > free:
-        where = "the host" if offload else str(device)
-        more = "" if offload else ", or more processes"
-        if device.type == "cuda" and not offload:
-            more = f", --offload{more}"
-        numbers = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+        where = "the host" if device is None else str(device)
         raise RecipeError(
-            f"training {numbers:.1f}M numbers takes {format_size(takes)} beside the weights, and "
-            f"{where} has {format_size(free)}; norms alone take "
-            f"{format_size(wanted(lambda p: p.dim() == 1))}: give other --parts, --by-layer{more}"
+            f"{what} takes {format_size(takes)}, and {where} has {format_size(free)} left; {instead}"
         )
 
 

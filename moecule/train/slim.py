@@ -34,7 +34,6 @@ from jaxtyping import Int
 from torch import Tensor
 
 from moecule.batch import digest
-from moecule.budget import format_size
 from moecule.checkpoint import Checkpoint
 from moecule.errors import DataError, OutputError, RecipeError
 from moecule.files import parse_json, write_text
@@ -43,13 +42,11 @@ from moecule.journal import making, only_one, sweep
 from moecule.session import (
     Compute,
     Progress,
-    memory_bytes,
     open_checkpoint,
     silent,
     stream,
     ticker,
 )
-from moecule.states import free_bytes
 from moecule.train.cut import cut, slim_keys, width_of
 from moecule.train.heal import teach
 from moecule.train.lesson import (
@@ -61,6 +58,7 @@ from moecule.train.lesson import (
     request_of,
 )
 from moecule.train.loop import check_batch
+from moecule.train.room import check_scored
 from moecule.train.schedule import Trained
 from moecule.train.sensitivity import Felt, feel
 from moecule.train.stages import Slimming, Stage, stages_of
@@ -282,7 +280,7 @@ def _felt(job: _Job, s: int, source: Path, windows: Int[Tensor, "N S"]) -> Felt:
     """Scores of what stage s begins from. Raises RecipeError where gradients have no room."""
     slimming, compute = job.slimming, job.compute
     own = open_checkpoint(source).digest == open_checkpoint(job.teacher).digest
-    _check_room(source, None if own else job.teacher, compute)
+    check_scored([source] if own else [source, job.teacher], compute)
     model = open_teacher(source, compute)
     theirs = model if own else open_teacher(job.teacher, compute)
     batches = list(windows.split(slimming.batch))
@@ -304,18 +302,3 @@ def _felt(job: _Job, s: int, source: Path, windows: Int[Tensor, "N S"]) -> Felt:
             stacklevel=2,
         )
     return felt
-
-
-def _check_room(source: Path, teacher: str | Path | None, compute: Compute) -> None:
-    """Raise RecipeError where the model, gradients of its size and the teacher do not fit."""
-    sizes = [
-        memory_bytes(stream(m, compute, empty=True)) for m in (source, teacher) if m is not None
-    ]
-    wanted, device = sum(sizes) + sizes[0], compute.torch_device()
-    free = free_bytes(device)
-    if wanted > free:
-        raise RecipeError(
-            f"scoring by gradients takes {format_size(wanted)}, and {device} has {format_size(free)} left; "
-            "take a device with more, or --dtype bfloat16; `moecule compress --recipe heapr` cuts channels "
-            "layer by layer"
-        )
