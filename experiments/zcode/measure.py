@@ -241,7 +241,12 @@ def measure(model: str, args: argparse.Namespace) -> None:
         there = args.out.read_text().splitlines() if args.out.is_file() else []
         name = Path(model).name
         rows = map(json.loads, there)
-        done = {(r["model"], r["seed"], r["run"]) for r in rows if r["steps"] == args.steps}
+        wanted = (args.steps, args.lr, args.scratch_lr)
+        done = {
+            (r["model"], r["seed"], r["run"])
+            for r in rows
+            if (r["steps"], r["lr"], r["scratch_lr"]) == wanted
+        }
         how = (args.steps, args.source_steps, args.batch, args.length)
         folder = args.scratch / "-".join(map(str, (name, seed, *how)))
         folder.mkdir(parents=True, exist_ok=True)
@@ -250,15 +255,16 @@ def measure(model: str, args: argparse.Namespace) -> None:
         for run, make in [
             r for k, of in kinds.items() if args.only in (None, k) for r in of.items()
         ]:
-            if (name, seed, run) in done:
+            if (name, seed, run) in done or run not in (args.runs or [run]):
                 continue
             start = time.perf_counter()
             found = make()
             took = time.perf_counter() - start
             losses = {f: window_losses(found.eval(), w, 8).tolist() for f, w in held.items()}
             text = found.config.get_text_config()
-            row = {"model": name, "seed": seed, "run": run, "steps": args.steps, "experts":
-                   found_experts(found), "top_k": text.num_experts_per_tok, "seconds": round(took, 1),
+            row = {"model": name, "seed": seed, "run": run, "steps": args.steps, "lr": args.lr,
+                   "scratch_lr": args.scratch_lr, "experts": found_experts(found),
+                   "top_k": text.num_experts_per_tok, "seconds": round(took, 1),
                    "device": device_name(found.device), "losses": losses}  # fmt: skip
             if run.startswith("aggregated"):
                 first = torch.cat([w[:1] for w in held.values()])
@@ -306,6 +312,7 @@ def main() -> None:
         "--scratch", type=Path, default=Path("scratch"), help="checkpoints on the way"
     )
     parser.add_argument("--only", choices=["aoe", "fewer"])
+    parser.add_argument("--runs", nargs="+", help="by their names; without, all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--source-steps", type=int, default=100)
@@ -334,6 +341,8 @@ def main() -> None:
     if args.quick:
         args.seeds, args.steps, args.source_steps, args.batch = [0], 4, 2, 2
         args.length, args.windows, args.precision = 32, 1, "float32"
+    if not (args.models and args.data and args.text):
+        parser.error("give models, --data and --text")
     for model in args.models:
         measure(model, args)
 
