@@ -1,6 +1,6 @@
 """Training with what moves in host memory (`--offload`): seconds a step, memory, and the floor.
 
-    python -m bench.offload qwen3-30b-a3b --layers 3 -o rows.json
+    python -m bench.offload qwen3-30b-a3b --layers 2 -o rows.json
 
 A model of that shape and random weights, all of which move, learns random tokens, once with everything
 on the GPU and once with weights, gradients and moments on the host, each in a fresh process. The floor of

@@ -24,7 +24,7 @@ from moecule.train.heal import heal
 from moecule.train.lesson import Lesson
 from moecule.train.schedule import Schedule
 from moecule.train.shards import whole
-from moecule.train.slim import slim
+from moecule.train.slim import check_slimming, slim
 from moecule.train.stages import Slimming
 from moecule.train.student import check_shared, open_student
 
@@ -120,6 +120,7 @@ def test_new_routers_lie_in_host_memory_as_well(checkpoint, offloading):
 def test_what_cannot_lie_in_host_memory(checkpoint, text, tmp_path, monkeypatch):
     teacher = checkpoint("mixtral", tokenizer=True)
     lesson = Lesson(("norms",), QUICK, length=24, offload=True)
+    both = replace(lesson, experts_over=2)
     with pytest.raises(RecipeError, match="--offload .* trains on cpu; leave it out"):
         heal(teacher, teacher, tmp_path / "out", lesson=lesson, data=text, compute=COMPUTE)
     with pytest.raises(RecipeError, match="--offload .* trains on cpu; leave it out"):
@@ -133,6 +134,8 @@ def test_what_cannot_lie_in_host_memory(checkpoint, text, tmp_path, monkeypatch)
             data=text,
             compute=COMPUTE,
         )
+    with pytest.raises(RecipeError, match="experts over processes .* leave out --offload"):
+        check_slimming(open_checkpoint(teacher), Slimming(8, stages=1), both, 2)
     with pytest.raises(RecipeError, match="one by one as it is; leave out --offload"):
         Lesson(by_layer=True, offload=True)
     of = skeleton(open_checkpoint(teacher), torch.float32)
@@ -175,6 +178,6 @@ def test_a_model_that_is_opened_and_finds_no_room():
         pytest.raises(
             RecipeError, match=r"^m finds no room on cuda \(CUDA out.*--top-k.*--by-layer"
         ),
-        room.opening("m", "cuda"),
+        room.opening("m", torch.device("cuda")),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.")

@@ -64,15 +64,16 @@ def train(
         raise RecipeError("nothing of the model is to be trained; name other parts (--parts)")
     check_batch(schedule, ranks.size)
     figure = None if check is None else partial(_figure, model, check)
+    device = device or next(iter(named.values())).device
     with _in_memory():
         run = _begin(named, schedule, figure, folder, ranks, rates or {})
-        run.stored, run.device = stored or {}, device or next(iter(named.values())).device
+        run.stored = stored or {}
         for _ in range(run.done.steps):
             tick()
         for step in range(run.done.steps, schedule.steps):
             if run.done.stopped is not None:
                 break
-            value = _step(model, loss, windows, schedule, run, step)
+            value = _step(model, loss, windows, schedule, run, step, device)
             if not math.isfinite(value) or _diverges(value, run.recent):
                 run.done.stopped = f"the loss diverged at step {step + 1} ({value:.4g} nats)"
             else:
@@ -162,10 +163,10 @@ def _step(
     schedule: Schedule,
     run: Run,
     step: int,
+    device: torch.device,
 ) -> float:
     """One step; the mean loss over all its windows, nats a token."""
     picks = torch.tensor(run.ranks.mine(schedule.picks(step, len(windows))))
-    device = run.device
     total, mine = torch.zeros((), dtype=torch.float64), len(picks)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad():

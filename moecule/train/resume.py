@@ -36,7 +36,6 @@ class Run:
     ranks: Ranks
     recent: float | None = None  # mean of the last losses
     stored: Mapping[str, torch.dtype] = field(default_factory=dict)
-    device: torch.device = torch.device("cpu")  # noqa: RUF009
 
 
 def copied(named: Mapping[str, nn.Parameter]) -> State:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from packaging.version import Version
@@ -121,12 +120,12 @@ def fits_beside(teacher: Streamed, compute: Compute, *, offload: bool, packed: b
 
 
 @contextmanager
-def opening(name: str, device: Any) -> Iterator[None]:
+def opening(name: str, device: torch.device) -> Iterator[None]:
     """Raises RecipeError where a model that is being opened finds no room."""
     try:
         yield
     except torch.OutOfMemoryError as e:
         raise RecipeError(
-            f"{name} finds no room on {device} ({str(e).split('. ')[0]}); a teacher need not lie there "
-            "(--top-k), nor all layers at once (--by-layer)"
+            f"{name} finds no room on {device} ({str(e).split('. ')[0]}); take a device with more, or let "
+            "moecule heal ask the teacher before (--top-k), or go layer by layer (--by-layer)"
         ) from e

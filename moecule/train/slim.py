@@ -139,7 +139,9 @@ def check_slimming(
     net, family = skeleton(checkpoint, torch.float32)
     packed = checkpoint.config["model_type"] == PACKED
     check_plain(checkpoint)
-    check_shared(checkpoint, net, family, size, lesson.experts_over, packed=packed)
+    check_shared(
+        checkpoint, net, family, size, lesson.experts_over, packed=packed, offload=lesson.offload
+    )
     check_batch(lesson.schedule, size)
     stages = stages_of(slimming, width_of(net), lesson.schedule.steps)
     keys = [slim_keys(net, stage.width, stage.groups) for stage in stages]

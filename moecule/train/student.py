@@ -112,20 +112,13 @@ def open_student(
     compute = replace(compute, dtype="float32")
     net, family = skeleton(checkpoint, torch.float32)
     check_shared(checkpoint, net, family, ranks.size, experts_over, packed=packed, offload=offload)
-    device, whole_here = compute.torch_device(), packed or offload or ranks.size == 1
+    device, ours = compute.torch_device(), packed or offload or ranks.size == 1
+    where = replace(compute, device="cpu") if offload and not packed else compute
     if offload and device.type == "cuda":
         forget_pinned()  # of an earlier student's shards
     with opening(checkpoint.name, device):
-        if not whole_here:
-            found = _sharded(checkpoint, compute, experts_over)
-        else:
-            found = load(
-                model, replace(compute, device="cpu") if offload and not packed else compute
-            )
-        if packed:
-            thaw(found)
-        else:
-            _run_plain(found)
+        found = load(model, where) if ours else _sharded(checkpoint, compute, experts_over)
+        (thaw if packed else _run_plain)(found)
     disk = {n: [n] for n in checkpoint.tensors} if packed else names_in_memory(net, checkpoint)
     dtypes = {n: checkpoint.tensors[of[0]].dtype for n, of in disk.items()}
     student = Student(found, checkpoint, family, compute, packed, disk, dtypes)
@@ -133,7 +126,7 @@ def open_student(
     check_room(found, compute, offload=offload)
     if offload or packed and ranks.size > 1:
         shard(found, find_layers(found)[1], device, ranks, offload=offload)
-    elif not whole_here:  # shards were made before there were updates
+    elif not ours:  # shards were made before there were updates
         average((p for u in updates(found).values() for p in u.parameters()), ranks)
     found.config.use_cache = False
     return student
